@@ -1,0 +1,158 @@
+"""Model folders in Hugging Face form: config.json, model.safetensors, tokenizer files. Atomic save, strict load.
+
+Only safetensors are ever read: a pickle can run code when opened, so a folder that has nothing else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.config import ModelConfig
+from model.errors import ModelError
+from model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a half."""
+    content = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read and check `config.json`; raises ModelError with what to do when that fails."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no model folder. Check the path.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}). Download the model again.") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path} does not hold the settings of a model. Download the model again.")
+    return ModelConfig.from_hf(fields)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files.
+
+    Raises:
+        ModelError: there are none, or only pickles, which Taleloom does not open.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in Path(folder).glob("*") if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ModelError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened. "
+            "Taleloom opens safetensors only: convert the model first."
+        )
+    raise ModelError(f"{folder} has no model.safetensors. The weights are missing: download the model again.")
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """Read the folder's tokenizer; raises ModelError when it is not the one the model was trained with."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"The tokenizer has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: they do not belong "
+            "together. Use the tokenizer.model that came with the weights."
+        )
+    return tokenizer
+
+
+def load_decoder(folder: Path, device: str = "cpu") -> Decoder:
+    """Build the decoder with float32 weights, in evaluation mode.
+
+    Raises:
+        ModelError: files missing or damaged, or weights that do not match config.json.
+    """
+    import safetensors
+    import safetensors.torch
+
+    from model.decoder import Decoder
+
+    config = read_config(folder)
+    weights = {}
+    for file in weight_files(folder):
+        try:
+            weights.update(safetensors.torch.load_file(file))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
+    decoder = Decoder(config)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    # Some exporters store the rotary frequencies, which follow from the config.
+    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    try:
+        decoder.load_state_dict({name: w.float() for name, w in weights.items()})
+    except RuntimeError as error:
+        raise ModelError(f"The weights in {folder} do not match its config.json: {error}") from error
+    return decoder.eval().to(device)
+
+
+def save_model(
+    folder: Path,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    generation: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a whole model folder, float16 weights; it appears complete or not at all.
+
+    Raises:
+        FileExistsError: the folder is there and holds something that is no model.
+    """
+    import safetensors.torch
+    import torch
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise FileExistsError(f"{folder} exists and is no model folder; choose another name.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: w.detach().to("cpu", torch.float16).contiguous() for name, w in decoder.state_dict().items()}
+    if decoder.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    files: dict[str, bytes | str] = {
+        "config.json": json.dumps({**decoder.config.to_hf(), **ids}, indent=2),
+        "generation_config.json": json.dumps({**ids, "do_sample": True, **(generation or {})}, indent=2),
+        "tokenizer.model": tokenizer.serialized,
+        **tokenizer.hf_files(),
+        **(extra_files or {}),
+        "model.safetensors": safetensors.torch.save(state, metadata={"format": "pt"}),
+    }
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for name, content in files.items():
+            write_atomically(temporary / name, content)
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            # Files that others put there (a model card, say) stay.
+            for name in files:
+                os.replace(temporary / name, folder / name)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

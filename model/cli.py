@@ -1,0 +1,226 @@
+"""`taleloom`: tell, evaluate, train, app. Thin: each command checks its input and calls the part that does the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from model.config import CHECKOUT, ModelConfig, SamplingParams, TrainingConfig
+from model.errors import InputError, TaleloomError
+
+DEFAULTS = SamplingParams()
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+MODEL = click.option("--model", help="A folder, a Hub id (REPO[@revision]) or a name of your own. Default: bundled.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+class Commands(click.Group):
+    """Shows a TaleloomError as one sentence and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TaleloomError as error:
+            click.echo(f"taleloom: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="taleloom")
+def main() -> None:
+    """Taleloom: a small storyteller."""
+
+
+def _progress(message: str) -> None:
+    """Say on standard error, when somebody is watching, what takes a moment."""
+    if sys.stderr.isatty():
+        click.echo(message, err=True)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--idea", "mode", flag_value="idea", help="PROMPT is an idea to make a story of.")
+@click.option("--opening", "mode", flag_value="opening", help="PROMPT is the story's beginning, to be continued.")
+@click.option("--seed", type=int, help="The same seed tells the same story again.")
+@click.option("--max-tokens", type=int, default=DEFAULTS.max_tokens, show_default=True)
+@click.option("--temperature", type=float, default=DEFAULTS.temperature, show_default=True)
+@click.option("--top-k", type=int, default=DEFAULTS.top_k, show_default=True)
+@click.option("--top-p", type=float, default=DEFAULTS.top_p, show_default=True)
+@click.option("--min-p", type=float, default=DEFAULTS.min_p, show_default=True)
+@click.option("--repetition-penalty", type=float, default=DEFAULTS.repetition_penalty, show_default=True)
+@MODEL
+@DEVICE
+@JSON
+def tell(
+    prompt: str, mode: Literal["idea", "opening"] | None, model: str | None, device: str, as_json: bool, **settings: Any
+) -> None:
+    """Tell a story from PROMPT and stream it."""
+    from model.storyteller import Storyteller
+
+    params = SamplingParams(**settings)
+    with Storyteller.load(model, device=device, progress=_progress) as storyteller:
+        story = storyteller.tell(prompt, params, mode=mode)
+        for piece in story:
+            if not as_json:
+                click.echo(piece, nl=False)
+        if as_json:
+            click.echo(json.dumps(story.summary()))
+        else:
+            click.echo()
+            _progress(f"[{story.n_tokens} tokens, {story.tokens_per_second:.0f} a second, seed {story.params.seed}]")
+        if story.error:
+            raise TaleloomError(story.error)
+
+
+@main.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Stories: JSONL, TXT or Parquet.")
+@MODEL
+@DEVICE
+@JSON
+def evaluate(data: Path, model: str | None, device: str, as_json: bool) -> None:
+    """Score how well the model predicts the stories in a file (bits per byte; lower is better)."""
+    from model.training.data import read_rows
+
+    texts = [row["text"] for row in read_rows(data)]
+    from model.checkpoint import load_decoder, load_tokenizer
+    from model.evaluation.loss import bits_per_byte
+    from model.storyteller import choose_device, find_model
+
+    folder = find_model(model, _progress)
+    decoder = load_decoder(folder, choose_device(device))
+    with click.progressbar(length=100, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        scores = bits_per_byte(
+            decoder,
+            load_tokenizer(folder, decoder.config),
+            texts,
+            progress=lambda done, total: bar.update(100 * done // total - bar.pos),
+        )
+    if as_json:
+        click.echo(json.dumps(scores))
+    else:
+        for name, value in scores.items():
+            click.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
+
+
+@main.command()
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    required=True,
+    help="A JSONL, TXT or Parquet file, a Hub data set id, or a TOML recipe. May be given several times.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; resumes what it holds.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where a recipe's files lie. Default: beside it.")
+@click.option("--vocab-size", default=4096, show_default=True)
+@click.option("--context", default=512, show_default=True, help="Longest sequence, in tokens.")
+@click.option("--width", default=320, show_default=True)
+@click.option("--layers", default=6, show_default=True)
+@click.option("--heads", default=10, show_default=True)
+@click.option("--kv-heads", default=5, show_default=True)
+@click.option("--mlp-width", default=896, show_default=True)
+@click.option("--rows-per-step", default=16, show_default=True, help="Sequences behind one optimizer step.")
+@click.option("--rows-per-pass", default=8, show_default=True, help="Sequences in memory at once.")
+@click.option("--muon-lr", default=TrainingConfig.muon_lr, show_default=True)
+@click.option("--adamw-lr", default=TrainingConfig.adamw_lr, show_default=True)
+@click.option("--weight-decay", default=TrainingConfig.weight_decay, show_default=True)
+@click.option("--max-steps", type=int, help="Stop earlier than the end of the data.")
+@click.option("--seed", default=1, show_default=True)
+@DEVICE
+def train(
+    datasets: tuple[str, ...],
+    out: Path,
+    data_root: Path | None,
+    vocab_size: int,
+    context: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    mlp_width: int,
+    rows_per_step: int,
+    rows_per_pass: int,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Train a storyteller from the beginning; run it again to go on after an interruption.
+
+    With several GPUs: torchrun --nproc-per-node N -m model.cli train ...
+    """
+    from model.storyteller import choose_device
+    from model.training.data import PreparedData, prepare, resolve_sources
+    from model.training.loop import TrainingRun
+
+    if width % heads:
+        raise InputError(f"--heads {heads} does not divide --width {width}.")
+    rank = int(os.environ.get("RANK", 0))
+    data_folder = out / "data"
+    if not (data_folder / "data.json").is_file():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("Prepare the data first: run the same command once without torchrun and --max-steps 1.")
+        click.echo("Preparing the data ...", err=True)
+        summary = prepare(resolve_sources(datasets, data_root), data_folder, context, vocab_size, seed=settings["seed"])
+        click.echo(json.dumps(summary, indent=2), err=True)
+    data = PreparedData.open(data_folder)
+    try:
+        model_config = ModelConfig(
+            vocab_size=data.tokenizer.vocab_size,
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=width // heads,
+            max_position_embeddings=data.context,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    config = TrainingConfig(rows_per_step=rows_per_step, rows_per_pass=rows_per_pass, **settings)
+
+    watched = rank == 0 and sys.stderr.isatty()
+    with click.progressbar(length=1, file=sys.stderr, hidden=not watched, item_show_func=lambda text: text) as bar:
+
+        def report(record: dict[str, Any]) -> None:
+            bar.length = record["steps"]
+            line = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s"
+            bar.update(record["step"] - bar.pos, line)
+            if not watched and (record["step"] % 50 == 0 or "held_out_bits_per_byte" in record):
+                score = record.get("held_out_bits_per_byte")
+                shown = f", held-out {score:.4f} bits per byte" if score else ""
+                eta = f"{record['eta_s'] / 60:.0f} min left"
+                click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
+
+        run = TrainingRun(out, data, model_config, config, choose_device(device), report)
+        if rank == 0:
+            _progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
+        run.run()
+    if rank == 0:
+        click.echo(f"The storyteller is in {out / 'model'}: taleloom tell 'a shy dragon' --model {out / 'model'}")
+
+
+@main.command()
+@click.option("--port", default=8501, show_default=True)
+@click.option("--address", default="localhost", show_default=True)
+@MODEL
+@DEVICE
+def app(port: int, address: str, model: str | None, device: str) -> None:
+    """Serve the web app."""
+    script = CHECKOUT / "app.py"
+    if not script.is_file():
+        raise TaleloomError("app.py is missing: run Taleloom from its checkout (pip install -e .).")
+    environment = {**os.environ, "TALELOOM_DEVICE": device}
+    if model:
+        environment["TALELOOM_MODEL"] = model
+    command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port)]
+    raise SystemExit(subprocess.call([*command, "--server.address", address], cwd=CHECKOUT, env=environment))
+
+
+if __name__ == "__main__":
+    main()

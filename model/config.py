@@ -1,0 +1,208 @@
+"""Settings as frozen dataclasses: the decoder's shape, how to sample, how to train. Knows nothing of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from model.errors import InputError, ModelError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+BUNDLED_WEIGHTS = CHECKOUT / "weights"
+
+# What each choice field of ModelConfig may say; model/decoder.py holds the matching modules.
+DECODER_CHOICES = {
+    "norm": ("rmsnorm",),
+    "position": ("rope",),
+    "mlp": ("swiglu",),
+    "attention": ("softmax",),
+}
+
+
+def user_home() -> Path:
+    """The folder of the user's own models and caches: TALELOOM_HOME, else where the platform keeps such data."""
+    home = os.environ.get("TALELOOM_HOME")
+    return Path(home).expanduser() if home else Path(platformdirs.user_data_dir("taleloom"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder. Field names are Hugging Face Llama's, so config.json opens in `transformers` as it is.
+
+    Raises ValueError naming field, value and alternatives when a field cannot be.
+    """
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    max_position_embeddings: int = 512
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    norm: str = "rmsnorm"
+    position: str = "rope"
+    mlp: str = "swiglu"
+    attention: str = "softmax"
+
+    def __post_init__(self) -> None:
+        for name, allowed in DECODER_CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"ModelConfig.{name} is {value!r}; it can be one of {', '.join(allowed)}")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"ModelConfig.{name} is {value!r}; it must be a whole number of at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"ModelConfig.num_key_value_heads is {self.num_key_value_heads}; "
+                f"it must divide num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"ModelConfig.head_dim is {self.head_dim}; rotary positions need an even number")
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json`.
+
+        Raises:
+            ModelError: it is no Llama-style decoder, or it asks for something this decoder does not do.
+        """
+        kind = fields.get("model_type")
+        if kind != "llama":
+            raise ModelError(f"This model is of type {kind!r}. Taleloom opens Llama-style models (model_type 'llama').")
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = {
+            "rope_type": rope_type != "default",
+            "attention_bias": bool(fields.get("attention_bias")),
+            "mlp_bias": bool(fields.get("mlp_bias")),
+            "hidden_act": fields.get("hidden_act", "silu") != "silu",
+        }
+        if any(unsupported.values()):
+            names = ", ".join(name for name, bad in unsupported.items() if bad)
+            raise ModelError(f"This Llama model uses settings that Taleloom's decoder does not have: {names}.")
+        try:
+            known = {f.name: fields[f.name] for f in dataclasses.fields(cls) if fields.get(f.name) is not None}
+            known["rope_theta"] = float(rope.get("rope_theta", fields.get("rope_theta", 10000.0)))
+            n_heads = fields["num_attention_heads"]
+            known.setdefault("num_key_value_heads", n_heads)
+            known.setdefault("head_dim", fields["hidden_size"] // n_heads)
+            known.setdefault("tie_word_embeddings", False)
+            return cls(**known)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelError(f"config.json does not describe a model Taleloom can build: {error}") from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same settings as a Hugging Face `config.json` for `LlamaForCausalLM`."""
+        fields = dataclasses.asdict(self)
+        theta = fields.pop("rope_theta")
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **fields,
+            # transformers 5 reads rope_parameters, older releases and other engines read rope_theta.
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "dtype": "float16",
+            "torch_dtype": "float16",
+        }
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights, a tied head counted once."""
+        width, head = self.hidden_size, self.head_dim
+        attention = width * head * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + width
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick each next token.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off; repetition_penalty 1 does too.
+    A seed of None is replaced by a drawn one when a story starts, so that every story can be told again.
+
+    Raises InputError with a sentence for the reader when a value cannot be used.
+    """
+
+    max_tokens: int = 320
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repetition_penalty: float = 1.05
+    seed: int | None = None
+
+    MAX_TOKENS_LIMIT = 4096
+    SEED_LIMIT = 2**63
+
+    def __post_init__(self) -> None:
+        self._check_whole("max_tokens", 1, self.MAX_TOKENS_LIMIT)
+        self._check_whole("top_k", 0, 1_000_000)
+        self._check_number("temperature", 0.0, 10.0)
+        self._check_number("top_p", 0.0, 1.0)
+        self._check_number("min_p", 0.0, 1.0)
+        self._check_number("repetition_penalty", 0.1, 10.0)
+        if self.top_p == 0:
+            raise InputError("top_p is 0, which leaves no word to choose from. Use a number above 0, up to 1.")
+        if self.seed is not None:
+            self._check_whole("seed", 0, self.SEED_LIMIT - 1)
+
+    def _check_whole(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InputError(f"{name} is {value!r}. Use a whole number from {low} to {high}.")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not low <= value <= high:
+            raise InputError(f"{name} is {value!r}. Use a number from {low:g} to {high:g}.")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run. Learning rates follow a warm-up, a constant stretch and a linear decay to zero."""
+
+    rows_per_step: int = 16  # sequences of `context` tokens behind one optimizer step, over all processes
+    rows_per_pass: int = 16  # sequences in one forward pass; fewer means gradient accumulation
+    muon_lr: float = 0.008  # for matrices; update RMS as AdamW's
+    adamw_lr: float = 0.003  # for embeddings and norm gains
+    weight_decay: float = 0.1
+    warmup_steps: int = 50
+    decay_fraction: float = 0.3
+    max_grad_norm: float = 1.0
+    seed: int = 1
+    max_steps: int | None = None  # None reads the prepared data once, in its order
+    eval_every: int = 200
+    save_every: int = 100
+
+    def lr_scale(self, step: int, n_steps: int) -> float:
+        """Multiplier of the learning rates at `step` (from 0) of `n_steps`."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay = (n_steps - step) / max(1.0, self.decay_fraction * n_steps)
+        return min(warmup, decay, 1.0)

@@ -1,0 +1,63 @@
+"""One story being generated, as the engine sees it: tokens, settings, state. Knows nothing of torch or text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from model.config import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a story ended."""
+
+    STOP = "stop"  # the model wrote its end token
+    LENGTH = "length"  # max_tokens reached; it can be continued
+    CANCELLED = "cancelled"  # the reader stopped it
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens go in as `prompt`, come out through `on_token`, one call a token, then `on_finish` once.
+
+    Both callbacks run on the engine's thread and must not block.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    n_kept: int  # leading tokens that stay when the oldest text slides out of the context (begin token, idea)
+    on_token: Callable[[int], None]
+    on_finish: Callable[[FinishReason, str | None], None]
+    generated: list[int] = field(default_factory=list)
+    max_tokens: int = 0
+    n_forgotten: int = 0  # oldest tokens after n_kept that no longer fit the context
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    # The engine's own: where the story stands in the cache.
+    slot: int | None = None
+    n_cached: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.max_tokens or self.params.max_tokens
+        assert self.params.seed is not None, "the seed is drawn before a story starts"
+
+    @property
+    def window(self) -> list[int]:
+        """The tokens the model looks at: everything, less what slid out."""
+        tokens = self.prompt + self.generated
+        return tokens[: self.n_kept] + tokens[self.n_kept + self.n_forgotten :]
+
+    def slide(self, context: int) -> None:
+        """Let the oldest text go until half of the context beyond the kept tokens is free again.
+
+        A no-op while the next token still has room. The rule looks at token counts alone, so a story that was
+        interrupted and continued slides at the same places.
+        """
+        room = context - self.n_kept
+        n_text = len(self.prompt) + len(self.generated) - self.n_kept
+        while n_text - self.n_forgotten >= room:
+            self.n_forgotten += room - room // 2
+            self.n_cached = 0

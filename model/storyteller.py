@@ -1,0 +1,370 @@
+"""The one door: load a storyteller, ask for a story, read it as it grows, stop it, continue it.
+
+Plain data crosses it: text, numbers, iterators. Torch is imported when a storyteller is loaded, not before.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from model.checkpoint import load_tokenizer, read_config
+from model.config import BUNDLED_WEIGHTS, ModelConfig, SamplingParams, user_home
+from model.engine.request import FinishReason, Request
+from model.errors import BusyError, InputError, ModelError
+from model.tokenizer import Tokenizer
+
+Mode = Literal["idea", "opening"]
+MAX_PROMPT_CHARACTERS = 20_000
+N_SLOTS = 16  # stories written at the same time
+N_REMEMBERED = 500  # stories that can be found again by their id
+REQUEST_START = re.compile(
+    r"(?:please |can you |could you )?(?:tell|write|make|give|use)\b|(?:a|the) (?:story|tale)\b|words?:", re.IGNORECASE
+)
+TALE_START = re.compile(
+    r"(?:Once|One|There (?:was|were|lived)|Long ago|In (?:a|the)|It was|On a|At the|Deep in|Far away)\b"
+)
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def guess_mode(prompt: str) -> Mode:
+    """Whether a prompt reads like the opening of a story or like an idea for one.
+
+    An opening is written as prose: it starts like a tale or has the marks of a sentence. "a dragon who is afraid of
+    fire" and "Tell me a story about a pirate." are ideas.
+    """
+    text = prompt.strip()
+    if REQUEST_START.match(text):
+        return "idea"
+    n_sentences = len(re.findall(r"[.!?][\"”']?(?:\s|$)", text))
+    is_prose = text[:1].isupper() and len(text.split()) >= 5 and text[-1:] in '.,!?"”'
+    is_opening = TALE_START.match(text) or text[:1] in '"“' or n_sentences >= 2 or is_prose or len(text) > 200
+    return "opening" if is_opening else "idea"
+
+
+def choose_device(device: str = "auto") -> str:
+    """Resolve to "cpu" or "cuda"; "auto" takes CUDA where torch finds it.
+
+    Raises:
+        InputError: CUDA is asked for and there is none, or the name is unknown.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no CUDA device here (or torch is a CPU build). Use --device cpu.")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"Device {device!r} is none of auto, cpu, cuda.")
+    return device
+
+
+def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing) -> Path:
+    """The folder of a model: None is the bundled one; else a folder, a name of the user's own, or REPO[@revision].
+
+    Raises:
+        ModelError: there is no such model; the message says where was looked.
+    """
+    if not model:
+        return BUNDLED_WEIGHTS
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", model) is not None
+    own = user_home() / "models" / model
+    if is_name and own.is_dir():
+        return own
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", model) and not model.startswith((".", "/")):
+        from model.hub.pull import pull_model
+
+        return pull_model(model, progress)
+    raise ModelError(
+        f"There is no model {model!r}: no such folder, none of your own in {own.parent}, no Hub id (owner/name)."
+    )
+
+
+class Story:
+    """A story that is being told, or has been. Iterate it for pieces of text; `text` is all there is so far.
+
+    Any number of threads may read it; iterating waits for text, everything else answers at once.
+    """
+
+    def __init__(self, storyteller: Storyteller, prompt: str, mode: Mode, params: SamplingParams, visitor: str | None):
+        self.id = uuid.uuid4().hex[:12]
+        self.prompt, self.mode, self.params, self.visitor = prompt, mode, params, visitor
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+        self._storyteller = storyteller
+        self._grown = threading.Condition()
+        self._pieces: list[str] = []
+        self._decoder = storyteller.tokenizer.stream_decoder()
+        self._started_s: float | None = None
+        self._seconds = 0.0  # spent writing, before the present stretch
+        tokenizer = storyteller.tokenizer
+        ids = tokenizer.encode_idea(prompt) if mode == "idea" else tokenizer.encode_opening(prompt)
+        self._request = Request(
+            ids, params, len(ids) if mode == "idea" else 1, on_token=self._on_token, on_finish=self._on_finish
+        )
+
+    # On the engine's thread.
+
+    def _on_token(self, token: int) -> None:
+        piece = self._decoder.push(token)
+        with self._grown:
+            self._started_s = self._started_s or time.monotonic()
+            self._pieces.append(piece)
+            self._grown.notify_all()
+
+    def _on_finish(self, reason: FinishReason, error: str | None) -> None:
+        with self._grown:
+            if self._started_s is not None:
+                self._seconds += time.monotonic() - self._started_s
+                self._started_s = None
+            if reason is not FinishReason.LENGTH:
+                self._pieces.append(self._decoder.finish())
+            self.finish_reason, self.error = reason, error
+            self._grown.notify_all()
+
+    # For readers.
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of new text (the opening is not repeated) until the story ends; leaving the loop early stops it."""
+        n_read = 0
+        try:
+            while True:
+                with self._grown:
+                    while n_read == len(self._pieces) and self.finish_reason is None:
+                        self._grown.wait()
+                    new, done = "".join(self._pieces[n_read:]), self.finish_reason is not None
+                    n_read = len(self._pieces)
+                if new:
+                    yield new
+                if done:
+                    return
+        finally:
+            if self.finish_reason is None:
+                self.stop()
+
+    @property
+    def continuation(self) -> str:
+        """What the storyteller wrote."""
+        with self._grown:
+            return "".join(self._pieces)
+
+    @property
+    def text(self) -> str:
+        """The whole story so far: an opening is part of it, an idea is not."""
+        return self.prompt + self.continuation if self.mode == "opening" else self.continuation
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written so far."""
+        return len(self._request.generated)
+
+    @property
+    def n_forgotten_tokens(self) -> int:
+        """Oldest tokens that slid out of the storyteller's context."""
+        return self._request.n_forgotten
+
+    @property
+    def seconds(self) -> float:
+        """Time spent writing, from the first token."""
+        with self._grown:
+            running = time.monotonic() - self._started_s if self._started_s is not None else 0.0
+            return self._seconds + running
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of writing; 0 before the second token."""
+        seconds = self.seconds
+        return (self.n_tokens - 1) / seconds if self.n_tokens > 1 and seconds > 0 else 0.0
+
+    @property
+    def place_in_queue(self) -> int:
+        """1 when this story is the next to begin, 0 when it has begun."""
+        return self._storyteller.engine.place_in_queue(self._request)
+
+    def stop(self) -> None:
+        """End the story where it is; its text stays. Harmless when it has ended."""
+        if self.finish_reason is None:
+            self._storyteller.engine.cancel(self._request)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; whether it came in time."""
+        with self._grown:
+            return self._grown.wait_for(lambda: self.finish_reason is not None, timeout_s)
+
+    def extend(self, max_tokens: int) -> None:
+        """Go on after the length limit with up to `max_tokens` more: the story a larger limit would have given.
+
+        Raises:
+            InputError: the story did not end at its length limit.
+            BusyError: too many stories are waiting, or this visitor has too many running.
+        """
+        SamplingParams(max_tokens=max_tokens)  # checks the number
+        if self.finish_reason is not FinishReason.LENGTH:
+            raise InputError("Only a story that stopped at its length limit can be continued.")
+        self._storyteller.check_visitor(self.visitor)
+        self._request.max_tokens = len(self._request.generated) + max_tokens
+        self._request.n_cached = 0
+        self.finish_reason = None
+        try:
+            self._storyteller.engine.submit(self._request)
+        except BaseException:
+            self.finish_reason = FinishReason.LENGTH
+            raise
+
+    def summary(self) -> dict[str, Any]:
+        """Plain facts, as `taleloom tell --json` prints them."""
+        return {
+            "text": self.text,
+            "prompt": self.prompt,
+            "seed": self.params.seed,
+            "tokens": self.n_tokens,
+            "finish_reason": self.finish_reason.value if self.finish_reason else None,
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+
+
+class Storyteller:
+    """A loaded model with its engine. Use as a context manager, or call `close`."""
+
+    def __init__(self, name: str, config: ModelConfig, tokenizer: Tokenizer, backend: Any, n_slots: int, device: str):
+        from model.engine.engine import Engine
+
+        self.name, self.config, self.tokenizer, self.device = name, config, tokenizer, device
+        self.engine = Engine(backend, tokenizer.eos_id, n_slots)
+        self.max_running_per_visitor: int | None = None
+        self._stories: OrderedDict[str, Story] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | None = None,
+        device: str = "auto",
+        n_slots: int = N_SLOTS,
+        progress: Callable[[str], None] = _say_nothing,
+    ) -> Storyteller:
+        """Open a storyteller: None for the bundled one, a folder, a Hub id (REPO[@revision]) or a name of one's own.
+
+        Raises:
+            ModelError: it cannot be found, or its folder is damaged, of another kind, or holds a pickle.
+            InputError: the device is not there.
+        """
+        folder = find_model(model, progress)
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder, config)
+        logging.getLogger("torch").setLevel(logging.ERROR)
+        import torch
+
+        from model.checkpoint import load_decoder
+        from model.engine.torch_backend import TorchBackend
+
+        device = choose_device(device)
+        if device == "cpu":
+            # Small matrices: a second thread costs more in waiting than it brings (docs/performance.md).
+            torch.set_num_threads(1)
+        backend = TorchBackend(load_decoder(folder, device), n_slots)
+        return cls(model or "bundled", config, tokenizer, backend, n_slots, device)
+
+    @property
+    def knows_ideas(self) -> bool:
+        """Whether it was trained to turn an idea into a story; otherwise every prompt is an opening."""
+        return self.tokenizer.knows_ideas
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text takes of the context."""
+        return len(self.tokenizer.encode(text))
+
+    def tell(
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        mode: Mode | None = None,
+        visitor: str | None = None,
+    ) -> Story:
+        """Begin a story and return at once; it grows on the engine's thread.
+
+        Args:
+            prompt: an opening, which the story continues word for word, or an idea for one.
+            mode: which of the two; None guesses (see guess_mode).
+            visitor: whoever asks, when `max_running_per_visitor` limits how many stories one may have running.
+
+        Raises:
+            InputError: the prompt is empty, too long, or an idea is asked of a model that knows none.
+            BusyError: too many stories are waiting, or this visitor has too many running.
+        """
+        params = params or SamplingParams()
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbelow(2**31))
+        mode = mode or (guess_mode(prompt) if self.knows_ideas else "opening")
+        if mode == "idea" and not self.knows_ideas:
+            raise InputError("This storyteller was not trained on ideas. Give it the opening of a story.")
+        prompt = prompt.strip() if mode == "idea" else prompt.lstrip()
+        self._check_prompt(prompt, mode)
+        self.check_visitor(visitor)
+        story = Story(self, prompt, mode, params, visitor)
+        self.engine.submit(story._request)
+        with self._lock:
+            self._stories[story.id] = story
+            while len(self._stories) > N_REMEMBERED:
+                self._stories.popitem(last=False)
+        return story
+
+    def _check_prompt(self, prompt: str, mode: Mode) -> None:
+        if not prompt.strip():
+            raise InputError("The prompt is empty. Type an idea or the opening of a story.")
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise InputError(
+                f"The prompt has {len(prompt):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most. Shorten it."
+            )
+        # An idea must stay in view for the whole story; of a long opening the oldest part may slide out.
+        n_tokens, limit = self.count_tokens(prompt), self.config.max_position_embeddings // 4
+        if mode == "idea" and n_tokens > limit:
+            raise InputError(
+                f"The idea has {n_tokens} tokens; {limit} are the most. Shorten it, or use it as an opening."
+            )
+
+    def check_visitor(self, visitor: str | None) -> None:
+        """Raises BusyError when this visitor has as many stories running as one may have."""
+        if visitor is None or self.max_running_per_visitor is None:
+            return
+        with self._lock:
+            n_running = sum(not s.is_done for s in self._stories.values() if s.visitor == visitor)
+        if n_running >= self.max_running_per_visitor:
+            raise BusyError(f"{n_running} of your stories are still being told. Wait for one to end, or stop it.")
+
+    def story(self, story_id: str) -> Story | None:
+        """A story told earlier by this storyteller, or None when it is unknown or forgotten."""
+        with self._lock:
+            return self._stories.get(story_id)
+
+    def close(self) -> None:
+        """Stop every story and the engine; harmless when closed."""
+        self.engine.close()
+
+    def __enter__(self) -> Storyteller:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
