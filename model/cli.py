@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +132,7 @@ def evaluate(data: Path, model: str | None, device: str, as_json: bool) -> None:
 @click.option("--muon-lr", default=TrainingConfig.muon_lr, show_default=True)
 @click.option("--adamw-lr", default=TrainingConfig.adamw_lr, show_default=True)
 @click.option("--weight-decay", default=TrainingConfig.weight_decay, show_default=True)
+@click.option("--save-every", default=TrainingConfig.save_every, show_default=True, help="Steps between checkpoints.")
 @click.option("--max-steps", type=int, help="Stop earlier than the end of the data.")
 @click.option("--seed", default=1, show_default=True)
 @DEVICE
@@ -162,9 +164,9 @@ def train(
         raise InputError(f"--heads {heads} does not divide --width {width}.")
     rank = int(os.environ.get("RANK", 0))
     data_folder = out / "data"
+    while rank > 0 and not (data_folder / "data.json").is_file():
+        time.sleep(1)  # process 0 prepares; data.json is the last file it writes
     if not (data_folder / "data.json").is_file():
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError("Prepare the data first: run the same command once without torchrun and --max-steps 1.")
         click.echo("Preparing the data ...", err=True)
         summary = prepare(resolve_sources(datasets, data_root), data_folder, context, vocab_size, seed=settings["seed"])
         click.echo(json.dumps(summary, indent=2), err=True)

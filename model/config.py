@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from model.errors import InputError, ModelError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -27,8 +25,11 @@ DECODER_CHOICES = {
 
 def user_home() -> Path:
     """The folder of the user's own models and caches: TALELOOM_HOME, else where the platform keeps such data."""
-    home = os.environ.get("TALELOOM_HOME")
-    return Path(home).expanduser() if home else Path(platformdirs.user_data_dir("taleloom"))
+    if home := os.environ.get("TALELOOM_HOME"):
+        return Path(home).expanduser()
+    import platformdirs  # here, so that training runs on machines that have torch and little else
+
+    return Path(platformdirs.user_data_dir("taleloom"))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ Mode = Literal["idea", "opening"]
 MAX_PROMPT_CHARACTERS = 20_000
 N_SLOTS = 16  # stories written at the same time
 N_REMEMBERED = 500  # stories that can be found again by their id
+TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 REQUEST_START = re.compile(
     r"(?:please |can you |could you )?(?:tell|write|make|give|use)\b|(?:a|the) (?:story|tale)\b|words?:", re.IGNORECASE
 )
@@ -40,6 +41,11 @@ def _say_nothing(_: str) -> None:
     pass
 
 
+def plain_text(text: str) -> str:
+    """A prompt as the training text is written: plain quotes and dashes, one newline between paragraphs."""
+    return re.sub(r"\s*\n\s*", "\n", text.translate(TYPOGRAPHY))
+
+
 def guess_mode(prompt: str) -> Mode:
     """Whether a prompt reads like the opening of a story or like an idea for one.
 
@@ -49,9 +55,9 @@ def guess_mode(prompt: str) -> Mode:
     text = prompt.strip()
     if REQUEST_START.match(text):
         return "idea"
-    n_sentences = len(re.findall(r"[.!?][\"”']?(?:\s|$)", text))
-    is_prose = text[:1].isupper() and len(text.split()) >= 5 and text[-1:] in '.,!?"”'
-    is_opening = TALE_START.match(text) or text[:1] in '"“' or n_sentences >= 2 or is_prose or len(text) > 200
+    goes_on = re.search(r"[.!?][\"”']?\s+\S", text)  # past the end of a first sentence
+    is_prose = text[:1].isupper() and (goes_on or (len(text.split()) >= 5 and text[-1] in '.,!?"”'))
+    is_opening = TALE_START.match(text) or text[:1] in '"“' or is_prose or len(text) > 200
     return "opening" if is_opening else "idea"
 
 
@@ -72,15 +78,18 @@ def choose_device(device: str = "auto") -> str:
     return device
 
 
-def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing) -> Path:
+def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing, folders: bool = True) -> Path:
     """The folder of a model: None is the bundled one; else a folder, a name of the user's own, or REPO[@revision].
+
+    Args:
+        folders: whether a path counts. A web page says no: its visitors must not look around this machine's disk.
 
     Raises:
         ModelError: there is no such model; the message says where was looked.
     """
     if not model:
         return BUNDLED_WEIGHTS
-    if Path(model).expanduser().is_dir():
+    if folders and Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", model) is not None
     own = user_home() / "models" / model
@@ -90,6 +99,8 @@ def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing
         from model.hub.pull import pull_model
 
         return pull_model(model, progress)
+    if not folders:
+        raise ModelError(f"There is no model {model!r}. Type a Hub id (owner/name) or the name of a model of your own.")
     raise ModelError(
         f"There is no model {model!r}: no such folder, none of your own in {own.parent}, no Hub id (owner/name)."
     )
@@ -113,7 +124,8 @@ class Story:
         self._started_s: float | None = None
         self._seconds = 0.0  # spent writing, before the present stretch
         tokenizer = storyteller.tokenizer
-        ids = tokenizer.encode_idea(prompt) if mode == "idea" else tokenizer.encode_opening(prompt)
+        plain = plain_text(prompt)
+        ids = tokenizer.encode_idea(plain) if mode == "idea" else tokenizer.encode_opening(plain)
         self._request = Request(
             ids, params, len(ids) if mode == "idea" else 1, on_token=self._on_token, on_finish=self._on_finish
         )
@@ -262,14 +274,18 @@ class Storyteller:
         device: str = "auto",
         n_slots: int = N_SLOTS,
         progress: Callable[[str], None] = _say_nothing,
+        folders: bool = True,
     ) -> Storyteller:
         """Open a storyteller: None for the bundled one, a folder, a Hub id (REPO[@revision]) or a name of one's own.
+
+        Args:
+            folders: whether `model` may be a folder (see find_model).
 
         Raises:
             ModelError: it cannot be found, or its folder is damaged, of another kind, or holds a pickle.
             InputError: the device is not there.
         """
-        folder = find_model(model, progress)
+        folder = find_model(model, progress, folders)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder, config)
         logging.getLogger("torch").setLevel(logging.ERROR)
@@ -318,7 +334,7 @@ class Storyteller:
         mode = mode or (guess_mode(prompt) if self.knows_ideas else "opening")
         if mode == "idea" and not self.knows_ideas:
             raise InputError("This storyteller was not trained on ideas. Give it the opening of a story.")
-        prompt = prompt.strip() if mode == "idea" else prompt.lstrip()
+        prompt = prompt.strip()
         self._check_prompt(prompt, mode)
         self.check_visitor(visitor)
         story = Story(self, prompt, mode, params, visitor)

@@ -64,10 +64,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a unigram model (Kudo 2018) of `vocab_size` pieces on the texts.
+        """Train a unigram model (Kudo 2018) of `vocab_size` pieces, or fewer when the text has no more.
 
         Raises:
-            InputError: there is too little text for that many pieces.
+            InputError: there is no text to learn from.
         """
         paragraphs = (line for text in texts for line in text.split("\n") if line.strip())
         model = io.BytesIO()
@@ -77,6 +77,7 @@ class Tokenizer:
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=vocab_size,
+                hard_vocab_limit=False,
                 character_coverage=0.9999,
                 byte_fallback=True,
                 normalization_rule_name="identity",

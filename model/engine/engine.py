@@ -86,11 +86,11 @@ class Engine:
             with self._changed:
                 self._scheduler.admit()
                 running = list(self._scheduler.running)
-            reading = [r for r in running if len(r.window) - r.n_cached > 1 or not r.generated]
+            reading = [r for r in running if r.n_window - r.n_cached > 1 or not r.generated]
             # One chunk of one long prompt, then a step for all who are writing: nobody waits more than that.
             for group in (reading[:1], [r for r in running if r not in reading]):
                 if group:
-                    self._guarded_step(group, prefill=group is not None and group[0] in reading)
+                    self._guarded_step(group, prefill=group[0] in reading)
 
     def _guarded_step(self, requests: list[Request], prefill: bool) -> None:
         try:
@@ -100,7 +100,7 @@ class Engine:
                 self._decode(requests)
         except Exception as error:  # the edge of the engine: recorded, told to the readers, survived
             log.exception("a step failed")
-            for request in requests:
+            for request in [r for r in requests if r.slot is not None]:  # those that did not end in this very step
                 self._finish(request, FinishReason.ERROR, f"The storyteller stumbled: {error}")
 
     def _prefill(self, request: Request) -> None:

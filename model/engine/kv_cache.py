@@ -39,6 +39,8 @@ class RowsView:
         self._slots_b = torch.tensor(slots, device=device)
         self.positions_bt = torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(n_new, device=device)
         self._n_filled = max(starts) + n_new
+        # One row, the common case, is read in place; several are gathered.
+        self._rows = slice(slots[0], slots[0] + 1) if len(slots) == 1 else self._slots_b
         all_equal = len(set(starts)) == 1
         if all_equal and n_new == 1:
             self.mask_b1ts = None
@@ -52,5 +54,4 @@ class RowsView:
         # Advanced indices around a slice put their axes first: [b, t, g, k].
         keys_bgsk[self._slots_b[:, None], :, self.positions_bt] = k_bgtk.transpose(1, 2)
         values_bgsk[self._slots_b[:, None], :, self.positions_bt] = v_bgtk.transpose(1, 2)
-        n = self._n_filled
-        return keys_bgsk[self._slots_b, :, :n], values_bgsk[self._slots_b, :, :n]
+        return keys_bgsk[self._rows, :, : self._n_filled], values_bgsk[self._rows, :, : self._n_filled]

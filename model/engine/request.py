@@ -45,6 +45,11 @@ class Request:
         assert self.params.seed is not None, "the seed is drawn before a story starts"
 
     @property
+    def n_window(self) -> int:
+        """How many tokens the model looks at."""
+        return len(self.prompt) + len(self.generated) - self.n_forgotten
+
+    @property
     def window(self) -> list[int]:
         """The tokens the model looks at: everything, less what slid out."""
         tokens = self.prompt + self.generated
@@ -53,11 +58,10 @@ class Request:
     def slide(self, context: int) -> None:
         """Let the oldest text go until half of the context beyond the kept tokens is free again.
 
-        A no-op while the next token still has room. The rule looks at token counts alone, so a story that was
+        A no-op while the newest token still has room. The rule looks at token counts alone, so a story that was
         interrupted and continued slides at the same places.
         """
         room = context - self.n_kept
-        n_text = len(self.prompt) + len(self.generated) - self.n_kept
-        while n_text - self.n_forgotten >= room:
+        while self.n_window > context:
             self.n_forgotten += room - room // 2
             self.n_cached = 0

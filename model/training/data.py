@@ -91,11 +91,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield {"text": text}
     elif path.suffix == ".parquet":
         try:
+            import pyarrow
             import pyarrow.parquet
         except ImportError as error:
             raise InputError("Reading Parquet needs pyarrow (it comes with Streamlit): pip install pyarrow.") from error
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path} cannot be read as Parquet with a column 'text': {error}") from error
     else:
         raise InputError(f"{path.name} is of a kind Taleloom cannot read. Use .jsonl, .txt or .parquet.")
 

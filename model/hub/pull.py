@@ -1,0 +1,240 @@
+"""Fetch storytellers and data sets from the Hugging Face Hub into a cache below the user's folder.
+
+Only data comes down (safetensors, JSON, SentencePiece, Parquet, text), never a pickle and never code. A branch or tag
+is resolved to a commit first, so that all files are of one state. The receipt of a pull is written after its last file:
+what is offered when the network is away is always complete. Knows nothing of torch; huggingface_hub is imported late.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import quote
+
+from model.checkpoint import PICKLE_SUFFIXES, read_config, write_atomically
+from model.config import user_home
+from model.errors import InputError, ModelError, TaleloomError
+
+Kind = Literal["model", "dataset"]
+MAX_BYTES = {"model": 2_000_000_000, "dataset": 8_000_000_000}  # what a laptop can tell stories with, or train on
+LOOKUP_TIMEOUT_S = 10.0
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REQUIRED_FILES = ("config.json", "tokenizer.model")
+OPTIONAL_FILES = (
+    "generation_config.json tokenizer.json tokenizer_config.json model.safetensors.index.json README.md".split()
+)
+NOT_STORIES = re.compile(r"(?i)(?<![a-z])(?:valid|validation|val|dev|test|eval|readme|license|requirements)(?![a-z])")
+
+
+def pull_model(spec: str, progress: Callable[[str], None]) -> Path:
+    """The folder of the Hub's storyteller `spec`: owner/name or owner/name@revision. Downloads what is not there.
+
+    A commit that is in the cache is used without asking the Hub; so is a branch or tag when the Hub is out of reach.
+
+    Args:
+        progress: gets short sentences for the reader, possibly from another thread.
+
+    Raises:
+        ModelError: no such repository or revision, no access, not a storyteller Taleloom can open, too large, no
+            network, an interrupted download or no room for it. The message says what to do.
+    """
+    return _pull("model", spec, choose_model_files, progress)[0].parent
+
+
+def pull_dataset(repo_id: str, progress: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """The training files (Parquet, JSONL or text) of the Hub's data set `repo_id`, sorted. Downloads what is not there.
+
+    Raises:
+        InputError: as ModelError of `pull_model`, for a data set.
+    """
+    return sorted(_pull("dataset", repo_id, choose_training_files, progress))
+
+
+def choose_model_files(names: Iterable[str]) -> list[str]:
+    """Which of a repository's files make a storyteller; config.json first, the weights last.
+
+    Raises:
+        ModelError: one of them is missing, or the weights are there as a pickle only.
+    """
+    top = {name for name in names if "/" not in name}
+    shards = sorted(name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
+    weights = ["model.safetensors"] if "model.safetensors" in top else shards
+    if not weights and any(PurePosixPath(name).suffix in PICKLE_SUFFIXES for name in top):
+        raise ModelError(
+            "It holds only a pickle, which can run code when opened; Taleloom opens safetensors only. "
+            "Ask its owner for model.safetensors."
+        )
+    missing = [name for name in REQUIRED_FILES if name not in top] + ([] if weights else ["model.safetensors"])
+    if missing:
+        raise ModelError(
+            f"It has no {' and no '.join(missing)}. Taleloom opens Llama-style models with a SentencePiece tokenizer: "
+            "choose another."
+        )
+    return [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if name in top), *weights]
+
+
+def choose_training_files(names: Iterable[str]) -> list[str]:
+    """Which of a data set's files to train on: Parquet of the train split, else all stories not kept for testing.
+
+    Raises:
+        InputError: there is none.
+    """
+    readable = [
+        name for name in names if name.endswith((".parquet", ".jsonl", ".txt")) and not NOT_STORIES.search(name)
+    ]
+    parquet = [name for name in readable if name.endswith(".parquet") and "train" in name]
+    if not readable:
+        raise InputError("It has no training file of a kind Taleloom reads (.parquet, .jsonl, .txt). Choose another.")
+    return parquet or readable
+
+
+def _pull(
+    kind: Kind, spec: str, choose: Callable[[Iterable[str]], list[str]], progress: Callable[[str], None]
+) -> list[Path]:
+    """Download what `choose` picks from the repository's file names, in that order."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    repo, _, revision = spec.partition("@")
+    revision = revision or "main"
+    failure: type[TaleloomError] = ModelError if kind == "model" else InputError
+    cache = user_home().resolve() / "hub"
+    receipts = cache / "receipts"
+    cached = _read_receipt(receipts / _receipt_name(kind, repo, revision), cache)
+    if cached and COMMIT.fullmatch(revision):
+        return cached
+
+    progress(f"Looking for {repo} on the Hub ...")
+    try:
+        look_up = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        info = look_up(repo, revision=revision, files_metadata=True, timeout=LOOKUP_TIMEOUT_S)
+        if not COMMIT.fullmatch(commit := info.sha or ""):
+            raise ValueError("no commit in the answer")
+    except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
+        if cached and _is_out_of_reach(error):
+            progress(f"The Hub cannot be reached. Using the copy of {repo} on this computer.")
+            return cached
+        raise failure(_explain(error, kind, repo, revision)) from error
+
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    try:
+        names = choose(sizes)
+    except TaleloomError as error:
+        raise failure(f"{repo} cannot be used. {error}") from error
+    if (n_bytes := sum(sizes[name] for name in names)) > MAX_BYTES[kind]:
+        raise failure(f"{repo} has {_size(n_bytes)}; {_size(MAX_BYTES[kind])} are the most. Choose a smaller one.")
+    paths = []
+    try:
+        for name in names:
+            bar: Any = _bar_class(name, progress)
+            path = hf_hub_download(repo, name, repo_type=kind, revision=commit, cache_dir=cache, tqdm_class=bar)
+            paths.append(Path(path))
+            if name == "config.json":
+                read_config(paths[-1].parent)  # refuses another kind of model before its weights come
+        receipts.mkdir(parents=True, exist_ok=True)
+        content = json.dumps([path.relative_to(cache).as_posix() for path in paths])
+        for known_as in (commit, revision):
+            write_atomically(receipts / _receipt_name(kind, repo, known_as), content)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
+        raise failure(_explain(error, kind, repo, revision, began=True)) from error
+    progress(f"{repo} is here (commit {commit[:7]}).")
+    return paths
+
+
+def _receipt_name(kind: Kind, repo: str, revision: str) -> str:
+    return f"{kind} {quote(repo, safe='')}@{quote(revision, safe='')}.json"
+
+
+def _read_receipt(receipt: Path, cache: Path) -> list[Path]:
+    """The files of an earlier pull; empty when there was none or one of its files is gone."""
+    try:
+        paths = [cache / name for name in json.loads(receipt.read_text())]
+    except (OSError, ValueError):
+        return []
+    return paths if all(path.is_file() for path in paths) else []
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether the Hub said nothing about the repository: no network, a login page in between, or the Hub in trouble."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return not isinstance(error, HFValidationError)
+
+
+def _explain(error: Exception, kind: Kind, repo: str, revision: str, began: bool = False) -> str:
+    """A sentence for the reader; `began` says that files were being downloaded."""
+    from huggingface_hub import constants, errors
+
+    thing = "model" if kind == "model" else "data set"
+    endpoint = constants.ENDPOINT
+    page = f"{endpoint}/{repo}" if kind == "model" else f"{endpoint}/datasets/{repo}"
+    match error:
+        case errors.HFValidationError():
+            return f"{repo!r} is no Hub id. Write it as owner/name, or owner/name@revision."
+        case errors.GatedRepoError():
+            return f"{repo} is gated. Accept its terms at {page}, then log in with `hf auth login`."
+        case errors.RepositoryNotFoundError():
+            return f"The Hub has no {thing} {repo}, or it is private. Check its name, or log in with `hf auth login`."
+        case errors.RevisionNotFoundError():
+            return f"{repo} has no branch, tag or commit {revision!r}. Leave out @{revision} for its newest state."
+        case errors.HfHubHTTPError():
+            status = error.response.status_code
+            if status in (401, 403):
+                return f"The Hub refuses access to {repo} ({status}). Log in again with `hf auth login`."
+            return f"The Hub cannot give {repo} at the moment (error {status}). Try again in a few minutes."
+        case OSError(errno=errno.ENOSPC):
+            return f"The disk is full, so {repo} cannot be downloaded. Make room in {user_home()} and try again."
+        case errors.OfflineModeIsEnabled():
+            return (
+                f"HF_HUB_OFFLINE is set and {repo} is not on this computer yet. Unset it to download the {thing} once."
+            )
+        case OSError(strerror=str()):
+            return (
+                f"{repo} cannot be stored in {user_home()}: {error.strerror}. Check the folder, or set TALELOOM_HOME."
+            )
+    if began:
+        return f"The download of {repo} was interrupted. Try again: files that are complete are kept."
+    if isinstance(error, (ValueError, KeyError, TypeError)):
+        return f"What answers at {endpoint} is no Hub. Check the network (does it want a login?) and HF_ENDPOINT."
+    return (
+        f"The Hub ({endpoint}) cannot be reached and {repo} is not on this computer yet. Check the network connection, "
+        f"or use a {thing} that is here."
+    )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 1e6 else f"{max(1, n_bytes // 1000)} kB"
+
+
+def _bar_class(name: str, progress: Callable[[str], None]) -> type:
+    """What huggingface_hub takes for a tqdm class; tells `progress` about one file, at most every tenth of it."""
+
+    class Bar:
+        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any):
+            self.total, self.n, self.n_next = total or 0, initial, 0
+            self.update(0)
+
+        def update(self, n: int) -> None:
+            self.n += n
+            if self.n >= self.n_next and (self.n < self.total or not self.n):
+                done = f"{_size(self.n)} of " if self.n else ""
+                progress(f"Downloading {name} ({done}{_size(self.total)}) ...")
+                self.n_next = self.n + self.total // 10 + 1
+
+        def _ignore(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __enter__(self) -> Bar:
+            return self
+
+        # The second row serves files that come through Xet.
+        __exit__ = close = set_description = refresh = _ignore
+        update_transfer = set_postfix_str = set_transfer_postfix_str = _ignore
+
+    return Bar

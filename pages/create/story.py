@@ -1,0 +1,409 @@
+"""Write with the storyteller: ask, watch the story grow, stop, go on, take it home.
+
+The story lives in the engine's thread; this page only looks at it again and again, so nothing that happens to the page
+ends a story. Its id is in the URL. Text of readers and model goes to the browser escaped, never as markdown or HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import streamlit as st
+
+from model.config import SamplingParams
+from model.errors import TaleloomError
+from model.storyteller import Mode, Story, Storyteller, find_model
+
+DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None
+DEVICE = os.environ.get("TALELOOM_DEVICE", "auto")
+MAX_RUNNING_PER_VISITOR = 2
+POLL_S = 0.15
+DEFAULTS = SamplingParams()
+LENGTHS = {80: "A few lines", 160: "Short", 320: "Medium", 640: "Long", 1280: "Very long"}  # by most tokens
+WAYS: dict[str, Mode | None] = {"Auto": None, "An idea": "idea", "An opening": "opening"}
+EXAMPLES: dict[str, Mode] = {
+    "a dragon who is afraid of fire": "idea",
+    "a little robot who wants to plant a garden": "idea",
+    "Once upon a time, a fox found a key": "opening",
+    "the moon comes down to play": "idea",
+    "two mice build a boat": "idea",
+    "One rainy day, Lily heard a tiny voice in her shoe.": "opening",
+}
+# Its markup is fixed and the story reaches it as data: what a component is given as html would be run.
+copy_button = st.components.v2.component(
+    "copy_story",
+    html='<button type="button"></button>',
+    css="""
+    button { font: inherit; color: inherit; background: transparent; cursor: pointer; width: 100%;
+             border: 1px solid var(--st-border-color); border-radius: 999px; min-height: 2.5rem }
+    button:hover, button:active { color: var(--st-link-color); border-color: var(--st-link-color) }
+    button:focus-visible { outline: 2px solid var(--st-link-color); outline-offset: 2px }
+    """,
+    js="""
+    export default function({ data, parentElement }) {
+      const button = parentElement.querySelector("button")
+      button.textContent = "Copy"
+      button.onclick = async () => {
+        try {
+          await navigator.clipboard.writeText(data)
+        } catch {  // pages that are not served over https have no clipboard object
+          const area = document.createElement("textarea")
+          area.value = data
+          document.body.append(area)
+          area.select()
+          document.execCommand("copy")
+          area.remove()
+        }
+        button.textContent = "Copied"
+        setTimeout(() => { button.textContent = "Copy" }, 1600)
+      }
+    }
+    """,
+)
+
+
+@st.cache_resource
+def awake() -> WeakValueDictionary[str | None, Storyteller]:
+    """The storytellers in memory by model, so that a reloaded page finds a story whoever tells it."""
+    return WeakValueDictionary()
+
+
+@st.cache_resource(show_spinner="The storyteller is waking up …", max_entries=3, on_release=Storyteller.close)
+def storyteller_of(model: str | None) -> Storyteller:
+    """One storyteller for all visitors; None is the one this app was started with."""
+    # Visitors name a model of the Hub or of this app's own; a path would let them look around the server's disk.
+    storyteller = (
+        Storyteller.load(DEFAULT_MODEL, DEVICE) if model is None else Storyteller.load(model, DEVICE, folders=False)
+    )
+    storyteller.max_running_per_visitor = MAX_RUNNING_PER_VISITOR
+    awake()[model] = storyteller
+    return storyteller
+
+
+def literally(text: str) -> str:
+    """Markdown that shows a text as it is: a message may quote what somebody typed."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+
+def name_of(model: str | None) -> str:
+    """What to call a model on the page; of a folder only its name."""
+    if model is None:
+        return "The bundled storyteller" if DEFAULT_MODEL is None else Path(DEFAULT_MODEL).name
+    return model
+
+
+def visitor() -> str:
+    """A key that stays the same over reloads and tabs: the token behind Streamlit's XSRF cookie, else the session."""
+    # The server masks the token anew for every response (2|mask|masked token|time): unmask it or it never repeats.
+    cookie = str(st.context.cookies.get("_streamlit_xsrf", ""))
+    match = re.fullmatch(r"2\|([0-9a-f]{8})\|((?:[0-9a-f]{2})+)\|\d+", cookie)
+    if match:
+        mask, token = (bytes.fromhex(part) for part in match.groups())
+        return bytes(byte ^ mask[i % 4] for i, byte in enumerate(token)).hex()
+    return str(st.session_state.setdefault("visitor", uuid.uuid4().hex))
+
+
+def current_story() -> Story | None:
+    """The story the URL names, wherever it is told; None when it names none or nobody remembers it."""
+    story_id = st.query_params.get("story", "")
+    story: Story | None = st.session_state.get("story")
+    if story is not None and story.id == story_id:
+        return story
+    for model, storyteller in list(awake().items()):
+        if story := storyteller.story(story_id):
+            st.session_state.story, st.session_state.model = story, model
+            fill_in(story)
+            return story
+    return None
+
+
+def fill_in(story: Story) -> None:
+    """Set the form to what a story was asked with, but for its seed: Tell should tell a new one."""
+    state, params = st.session_state, story.params
+    state.prompt, state.way = story.prompt, next(way for way, mode in WAYS.items() if mode == story.mode)
+    state.length = min(LENGTHS, key=lambda length: abs(length - params.max_tokens))
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        state[name] = getattr(params, name)
+
+
+# What buttons do. Callbacks run before the page is drawn again, so one run shows the outcome.
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Do it; what a person should know about it goes to the page."""
+    try:
+        action()
+    except TaleloomError as error:
+        st.session_state.complaint = str(error)
+
+
+def tell(prompt: str, mode: Mode | None, params: SamplingParams) -> None:
+    """Begin a story and put its id in the URL. The one shown until now is stopped: nobody would see it grow."""
+    shown = current_story()
+    if shown is not None:
+        shown.stop()
+        shown.wait(1.0)
+    story = storyteller_of(st.session_state.model).tell(prompt, params, mode, visitor())
+    st.session_state.story = story
+    st.query_params["story"] = story.id
+
+
+def tell_typed() -> None:
+    state = st.session_state
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+    def action() -> None:
+        params = SamplingParams(max_tokens=state.length, **{name: state[name] for name in names})
+        tell(state.prompt, WAYS[state.way], params)
+
+    guarded(action)
+
+
+def tell_example(example: str, mode: Mode) -> None:
+    st.session_state.prompt = example
+    guarded(lambda: tell(example, mode, SamplingParams(max_tokens=st.session_state.length)))
+
+
+def tell_another(story: Story) -> None:
+    guarded(lambda: tell(story.prompt, story.mode, replace(story.params, seed=None)))
+
+
+def stop(story: Story) -> None:
+    story.stop()
+    story.wait(1.0)  # the engine ends it within a step; then this run already shows it as stopped
+
+
+def go_on(story: Story) -> None:
+    guarded(lambda: story.extend(story.params.max_tokens))
+
+
+def begin_anew() -> None:
+    del st.query_params["story"]
+    st.session_state.prompt = ""
+
+
+def change_storyteller() -> None:
+    st.session_state.wanted = st.session_state.model_field.strip()
+
+
+def use_first_storyteller() -> None:
+    st.session_state.model = None
+
+
+# What the page shows.
+
+
+def show_header() -> None:
+    words, teller = st.columns([3, 2], vertical_alignment="bottom")
+    words.html(
+        '<h1 class="tl-wordmark"><a href="/" target="_self">Taleloom</a></h1>'
+        '<p class="tl-tagline tl-serif">Give it a thought, get a story.</p>'
+    )
+    with teller.container(horizontal=True, horizontal_alignment="right"), st.popover("Storyteller", type="tertiary"):
+        st.text(f"Now telling: {name_of(st.session_state.model)}")
+        with st.form("storyteller", border=False):
+            st.text_input(
+                "Another storyteller",
+                key="model_field",
+                placeholder="owner/name or owner/name@revision",
+                help="A Llama-style model of the Hugging Face Hub, or the name of a model of your own.",
+            )
+            st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
+        if st.session_state.model is not None:
+            st.button("Back to the first one", type="tertiary", on_click=use_first_storyteller)
+
+
+def load_wanted() -> None:
+    """Load what was typed in the storyteller's field; on failure the present one stays."""
+    wanted = st.session_state.pop("wanted", None)
+    if not wanted:
+        return
+    with st.status("Looking for the storyteller …") as status:
+        try:
+            # Fetched outside the cache: what a cached function draws is replayed to others.
+            find_model(wanted, lambda sentence: status.update(label=literally(sentence)), folders=False)
+            storyteller_of(wanted)
+        except TaleloomError as error:
+            status.update(label="The storyteller stays as it was.", state="error", expanded=True)
+            st.error(literally(str(error)))
+            return
+        st.session_state.model = wanted
+        status.update(label="A new storyteller is here.", state="complete")
+
+
+def show_form(knows_ideas: bool) -> None:
+    with st.form("ask", border=False):
+        st.text_area(
+            "Your idea, or the opening of a story" if knows_ideas else "The opening of a story",
+            key="prompt",
+            height=110,
+            placeholder="a dragon who is afraid of fire" if knows_ideas else "Once upon a time, a fox found a key",
+        )
+        with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
+            if knows_ideas:
+                st.segmented_control(
+                    "Read it as",
+                    list(WAYS),
+                    key="way",
+                    required=True,
+                    help="An idea becomes a story of its own; an opening is continued word for word. "
+                    "Auto decides by how it is written and says so.",
+                )
+            st.form_submit_button("Tell the story", type="primary", icon=":material/auto_stories:", on_click=tell_typed)
+        left, right = st.columns(2, gap="medium")
+        left.select_slider("Length", list(LENGTHS), key="length", format_func=lambda length: LENGTHS[length])
+        right.slider(
+            "Creativity",
+            0.0,
+            1.5,
+            step=0.05,
+            key="temperature",
+            help="The sampling temperature: low keeps to the likeliest words, high takes chances.",
+        )
+        with st.expander("Finer settings", icon=":material/tune:"):
+            left, right = st.columns(2)
+            left.number_input("Top-k", 0, 100_000, key="top_k", help="Choose among the k likeliest tokens; 0 is all.")
+            right.number_input("Top-p", 0.01, 1.0, step=0.01, key="top_p", help="Likeliest tokens up to this share.")
+            left.number_input(
+                "Min-p",
+                0.0,
+                1.0,
+                step=0.01,
+                key="min_p",
+                help="Leave out tokens below this share of the likeliest.",
+            )
+            right.number_input(
+                "Repetition penalty", 0.1, 10.0, step=0.05, key="repetition_penalty", help="Above 1 avoids said words."
+            )
+            st.number_input(
+                "Seed",
+                0,
+                2**53 - 1,  # what JavaScript can count to
+                key="seed",
+                placeholder="a new one each time",
+                help="The same seed tells the same story again.",
+            )
+
+
+def show_examples(knows_ideas: bool) -> None:
+    with st.container(horizontal=True, gap="small", key="examples"):
+        for example, mode in EXAMPLES.items():
+            if knows_ideas or mode == "opening":
+                st.button(example, on_click=tell_example, args=(example, mode))
+
+
+def page_html(story: Story) -> str:
+    """The story as escaped HTML: a paragraph a line, the reader's own words marked."""
+
+    def span(text: str, kind: str) -> str:
+        between = f'</span></p><p><span class="{kind}">'
+        lines = re.split(r"[ \t]*\n\s*", html.escape(text))
+        return f'<span class="{kind}">{between.join(lines)}</span>'
+
+    running = not story.is_done
+    continuation = story.continuation.rstrip()
+    if story.mode == "opening":
+        asked = "Read as an opening"
+        text = span(story.prompt if continuation else story.prompt.rstrip(), "tl-own") + span(continuation, "")
+    else:
+        asked = f"Read as an idea: “{html.escape(story.prompt)}”"
+        text = span(continuation.lstrip(), "")
+    caret = '<span class="tl-caret"></span>' if running else ""
+    end = '<div class="tl-end">***</div>' if story.finish_reason == "stop" else ""
+    waiting = ""
+    if running and not story.n_tokens:
+        n_ahead = story.place_in_queue - 1
+        waiting = {-1: "The storyteller is thinking …", 0: "Your story is next.", 1: "1 story is ahead of yours."}.get(
+            n_ahead, f"{n_ahead} stories are ahead of yours."
+        )
+        waiting = f'<p class="tl-waiting">{waiting}</p>'
+    return (
+        f'<article class="tl-page"><div class="tl-asked">{asked}</div>'
+        f'<p class="tl-first">{text}{caret}</p>{waiting}{end}</article>'
+    )
+
+
+def show_story(story: Story, was_running: bool) -> None:
+    st.html(page_html(story))
+    if was_running and story.is_done:
+        st.rerun()  # the whole page: its buttons change
+    speed = f"<span>{story.tokens_per_second:,.0f} tokens a second</span>" if story.tokens_per_second else ""
+    st.html(
+        f'<div class="tl-facts"><span>{len(story.text.split()):,} words</span>{speed}'
+        f"<span>Seed {story.params.seed}</span></div>"
+    )
+    if story.n_forgotten_tokens:
+        st.caption(
+            f"The story has outgrown the storyteller's memory: the oldest {story.n_forgotten_tokens:,} tokens slid "
+            "out of it, so it may forget how things began."
+        )
+
+
+def show_endings(story: Story) -> None:
+    """What can be done with a story that has ended."""
+    if story.error:
+        st.error(literally(story.error))
+    elif story.finish_reason == "length":
+        st.caption("It stopped at the length you chose; it can go on.")
+    elif story.finish_reason == "cancelled":
+        st.caption("You stopped it here.")
+    with st.container(horizontal=True, gap="small"):
+        if story.finish_reason == "length":
+            st.button("Continue", type="primary", icon=":material/arrow_forward:", on_click=go_on, args=(story,))
+        st.button("Tell another", icon=":material/casino:", on_click=tell_another, args=(story,))
+        st.download_button(
+            "Download",
+            story.text,
+            f"taleloom-{story.params.seed}.txt",
+            "text/plain",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+        copy_button(data=story.text, key="copy", width=110)
+        st.button("New story", type="tertiary", icon=":material/add:", on_click=begin_anew)
+
+
+st.html(Path(__file__).with_name("story.css"))
+for name, value in {
+    "model": None,
+    "prompt": "",
+    "way": "Auto",
+    "length": DEFAULTS.max_tokens,
+    "temperature": DEFAULTS.temperature,
+    "top_k": DEFAULTS.top_k,
+    "top_p": DEFAULTS.top_p,
+    "min_p": DEFAULTS.min_p,
+    "repetition_penalty": DEFAULTS.repetition_penalty,
+    "seed": None,
+}.items():
+    st.session_state.setdefault(name, value)
+
+show_header()
+load_wanted()
+try:
+    storyteller = storyteller_of(st.session_state.model)
+except TaleloomError as error:
+    st.error(literally(str(error)))
+    st.stop()
+story = current_story()
+show_form(storyteller.knows_ideas)
+if "complaint" in st.session_state:
+    st.error(literally(st.session_state.pop("complaint")))
+if story is not None:
+    is_running = not story.is_done
+    st.fragment(show_story, run_every=POLL_S if is_running else None)(story, is_running)
+    if is_running:
+        st.button("Stop", key="stop", icon=":material/stop_circle:", on_click=stop, args=(story,))
+    else:
+        show_endings(story)
+else:
+    if "story" in st.query_params:
+        st.info("That story is no longer remembered: the storyteller keeps the latest ones only. Ask for a new one.")
+    show_examples(storyteller.knows_ideas)

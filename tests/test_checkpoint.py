@@ -1,0 +1,106 @@
+"""Model folders: saved equals loaded; everything wrong is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model, weight_files, write_atomically
+from model.errors import ModelError
+from model.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(tiny_model, tmp_path / "copy")
+
+
+def test_saved_equals_loaded_up_to_fp16(tiny_decoder, tiny_model):
+    loaded = load_decoder(tiny_model)
+    assert loaded.config == tiny_decoder.config
+    for name, weights in tiny_decoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weights.half().float()), name
+
+
+def test_saving_again_keeps_a_model_card(tiny_decoder, tokenizer, folder):
+    (folder / "README.md").write_text("my card")
+    save_model(folder, tiny_decoder, tokenizer)
+    assert (folder / "README.md").read_text() == "my card"
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_saving_never_overwrites_something_else(tiny_decoder, tokenizer, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        save_model(tmp_path / "notes", tiny_decoder, tokenizer)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        load_decoder(folder)
+
+
+def test_a_pickle_is_refused_and_never_opened(folder):
+    (folder / "model.safetensors").unlink()
+    # This pickle would create a file when opened.
+    marker = folder / "executed"
+    (folder / "pytorch_model.bin").write_bytes(f"cposix\nsystem\n(S'touch {marker}'\ntR.".encode())
+    with pytest.raises(ModelError, match="pickle"):
+        load_decoder(folder)
+    with pytest.raises(ModelError, match="pickle"):
+        weight_files(folder)
+    assert not marker.exists()
+
+
+def test_truncated_weights_are_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="damaged or incomplete"):
+        load_decoder(folder)
+
+
+def test_weights_of_another_shape_are_named(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "intermediate_size": 128}))
+    with pytest.raises(ModelError, match="do not match"):
+        load_decoder(folder)
+
+
+def test_a_tokenizer_of_another_model_is_named(folder, stories):
+    (folder / "tokenizer.model").write_bytes(Tokenizer.train(stories, 326).serialized)
+    with pytest.raises(ModelError, match="do not belong"):
+        load_tokenizer(folder, read_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "does not hold"),
+        ('{"model_type": "gpt2"}', "gpt2"),
+        ('{"model_type": "llama"}', "does not describe"),
+        ('{"model_type": "llama", "attention_bias": true}', "attention_bias"),
+        ('{"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2}}', "rope_type"),
+    ],
+)
+def test_an_unusable_config_says_why(folder, content, words):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=words):
+        read_config(folder)
+
+
+def test_a_folder_without_config_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        read_config(tmp_path)

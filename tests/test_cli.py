@@ -1,0 +1,70 @@
+"""The command line as scripts use it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from model.cli import main
+
+
+def taleloom(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_tell_streams_text(tiny_model):
+    done = taleloom("tell", "Mia found", "--opening", "--seed", 7, "--max-tokens", 12, "--model", tiny_model)
+    assert done.exit_code == 0 and done.stdout.strip()
+
+
+def test_tell_prints_one_json_object_and_a_seed_repeats_it(tiny_model):
+    command = ("tell", "a fox", "--idea", "--seed", 7, "--max-tokens", 12, "--model", tiny_model, "--json")
+    first, second = (json.loads(taleloom(*command).stdout) for _ in range(2))
+    assert set(first) == {"text", "prompt", "seed", "tokens", "finish_reason", "seconds", "tokens_per_second"}
+    assert (first["prompt"], first["seed"], first["tokens"], first["finish_reason"]) == ("a fox", 7, 12, "length")
+    assert first["text"] == second["text"] and first["seconds"] > 0
+
+
+def test_evaluate_prints_json(tiny_model, jsonl):
+    done = taleloom("evaluate", "--data", jsonl, "--model", tiny_model, "--json")
+    scores = json.loads(done.stdout)
+    assert set(scores) == {"bits_per_byte", "perplexity", "bytes", "tokens", "stories"}
+    assert scores["stories"] == 60 and 1 < scores["bits_per_byte"] < 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tell", ""), "empty"),
+        (("tell", "x", "--temperature", "nan"), "temperature"),
+        (("tell", "x", "--max-tokens", "0"), "max_tokens"),
+        (("tell", "x", "--model", "no-such-model"), "no model"),
+        (("tell", "x", "--model", "."), "config.json"),
+        (("evaluate", "--data", "none.jsonl"), "no file"),
+        (("train", "--dataset", "none.jsonl", "--out", "{tmp}/run"), "no file"),
+        (("train", "--dataset", "none.jsonl", "--out", "{tmp}/run", "--heads", "7"), "does not divide"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(arguments, words, tmp_path, tiny_model):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    if "--model" not in arguments and arguments[0] == "tell":
+        arguments += ["--model", str(tiny_model)]
+    done = taleloom(*arguments)
+    assert done.exit_code == 1 and words in done.stderr and "Traceback" not in done.output
+    assert done.stderr.startswith("taleloom: ") and not done.stdout
+
+
+def test_a_reader_who_leaves_the_pipe_leaves_no_trace_behind(tiny_model):
+    """`taleloom tell ... | head -c 1`"""
+    command = [sys.executable, "-m", "model.cli", "tell", "Mia", "--opening", "--max-tokens", "4000", "--seed", "1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, "--model", str(tiny_model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait(60) is not None

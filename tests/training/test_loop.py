@@ -1,0 +1,167 @@
+"""Training: it learns, resumes exactly, and says what is wrong."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from model.checkpoint import load_decoder
+from model.config import TrainingConfig
+from model.errors import ModelError, TaleloomError
+from model.training.data import PreparedData, Source, prepare
+from model.training.loop import TrainingRun
+
+CONFIG = TrainingConfig(rows_per_step=4, rows_per_pass=4, warmup_steps=2, eval_every=10, save_every=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, stories):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "s.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
+    prepare([(Source("s"), [folder / "s.jsonl"])], folder, 64, 320)
+    return PreparedData.open(folder)
+
+
+@pytest.fixture
+def one_thread():
+    """Two threads may add in another order."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [record["loss"] for record in metrics(folder)]
+
+
+def test_it_learns_and_leaves_a_model(data, tiny_config, tmp_path):
+    run = TrainingRun(tmp_path, data, tiny_config, CONFIG)
+    before = run.evaluate()
+    run.run()
+    records = metrics(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, run.n_steps + 1))
+    assert records[-1]["held_out_bits_per_byte"] < before - 0.5
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    loaded = load_decoder(tmp_path / "model")
+    assert torch.equal(loaded.model.norm.weight, run.decoder.model.norm.weight.half().float())
+
+
+def test_the_first_loss_is_that_of_guessing(data, tiny_config, tmp_path):
+    run = TrainingRun(tmp_path, data, tiny_config, CONFIG)
+    loss, _ = run._gradients()
+    assert abs(loss - math.log(tiny_config.vocab_size)) < 0.1
+
+
+def test_accumulated_passes_add_up_to_one_large_pass(data, tiny_config, tmp_path, one_thread):
+    gradients = []
+    for rows_per_pass in (4, 1):
+        config = TrainingConfig(rows_per_step=4, rows_per_pass=rows_per_pass)
+        run = TrainingRun(tmp_path, data, tiny_config, config)
+        run._gradients()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.decoder.parameters()]))
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert difference < 0.02  # bf16
+
+
+def test_two_runs_with_one_seed_agree_and_a_resumed_one_too(data, tiny_config, tmp_path, one_thread):
+    whole, again, cut = (TrainingRun(tmp_path / n, data, tiny_config, CONFIG) for n in ("whole", "again", "cut"))
+    whole.run()
+    again.run()
+
+    def stop(record):
+        if record["step"] == 11:  # between checkpoints: steps 9 to 11 are done again
+            raise KeyboardInterrupt
+
+    cut.report = stop
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    TrainingRun(tmp_path / "cut", data, tiny_config, CONFIG).run()
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def train_command(jsonl, out):
+    shape = {"context": 64, "vocab-size": 320, "width": 32, "layers": 2, "heads": 4, "kv-heads": 2, "mlp-width": 64}
+    options = [text for name, value in shape.items() for text in (f"--{name}", str(value))]
+    options += ["--rows-per-step", "2", "--rows-per-pass", "1", "--save-every", "10"]
+    return ["-m", "model.cli", "train", "--dataset", str(jsonl), "--out", str(out), "--device", "cpu", *options]
+
+
+def test_a_killed_run_resumes_to_the_same_curve(jsonl, tmp_path):
+    """SIGKILL in the middle of the training process, then the same command again."""
+    jsonl.write_text(jsonl.read_text() * 8)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("whole", "killed"):
+        command = [sys.executable, *train_command(jsonl, tmp_path / name)]
+        if name == "killed":
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 120
+            while not (tmp_path / name / "checkpoint.safetensors").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not (tmp_path / name / "model").exists()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) > 30
+
+
+def test_two_processes_agree_with_one(jsonl, tmp_path):
+    """torchrun: the rows of a step are shared, their gradients added."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        command = [*start, *train_command(jsonl, tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) > 3
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 0.02
+
+
+def test_a_run_of_other_settings_is_not_continued(data, tiny_config, tmp_path):
+    config = TrainingConfig(rows_per_step=4, rows_per_pass=4, max_steps=2)
+    TrainingRun(tmp_path, data, tiny_config, config).run()
+    other = TrainingConfig(rows_per_step=4, rows_per_pass=4, max_steps=2, muon_lr=0.1)
+    with pytest.raises(ModelError, match="other settings"):
+        TrainingRun(tmp_path, data, tiny_config, other).run()
+
+
+def test_a_damaged_checkpoint_is_named(data, tiny_config, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelError, match="damaged"):
+        TrainingRun(tmp_path, data, tiny_config, CONFIG).run()
+
+
+def test_too_little_data_says_so(data, tiny_config, tmp_path):
+    with pytest.raises(TaleloomError, match="less than one step"):
+        TrainingRun(tmp_path, data, tiny_config, TrainingConfig(rows_per_step=4096))
+
+
+def test_the_learning_rate_warms_up_stays_and_decays():
+    config = TrainingConfig(warmup_steps=10, decay_fraction=0.25)
+    scales = [config.lr_scale(step, 100) for step in range(100)]
+    assert scales[0] == 0.1 and scales[9] == scales[50] == scales[75] == 1.0
+    assert scales[76] < 1 and scales[99] == pytest.approx(0.04)
+    assert all(a >= b for a, b in itertools.pairwise(scales[75:]))
