@@ -168,7 +168,8 @@ def train(
         time.sleep(1)  # process 0 prepares; data.json is the last file it writes
     if not (data_folder / "data.json").is_file():
         click.echo("Preparing the data ...", err=True)
-        summary = prepare(resolve_sources(datasets, data_root), data_folder, context, vocab_size, seed=settings["seed"])
+        sources = resolve_sources(datasets, data_root, lambda sentence: click.echo(sentence, err=True))
+        summary = prepare(sources, data_folder, context, vocab_size, seed=settings["seed"])
         click.echo(json.dumps(summary, indent=2), err=True)
     data = PreparedData.open(data_folder)
     try:

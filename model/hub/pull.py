@@ -11,7 +11,7 @@ import errno
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -60,21 +60,22 @@ def choose_model_files(names: Iterable[str]) -> list[str]:
     Raises:
         ModelError: one of them is missing, or the weights are there as a pickle only.
     """
-    top = {name for name in names if "/" not in name}
-    shards = sorted(name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
-    weights = ["model.safetensors"] if "model.safetensors" in top else shards
-    if not weights and any(PurePosixPath(name).suffix in PICKLE_SUFFIXES for name in top):
+    there = set(names)
+    shards = sorted(name for name in there if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
+    weights = ["model.safetensors"] if "model.safetensors" in there else shards
+    has_safetensors = any(name.endswith(".safetensors") for name in there)
+    if not has_safetensors and any(name.endswith(PICKLE_SUFFIXES) for name in there):
         raise ModelError(
             "It holds only a pickle, which can run code when opened; Taleloom opens safetensors only. "
             "Ask its owner for model.safetensors."
         )
-    missing = [name for name in REQUIRED_FILES if name not in top] + ([] if weights else ["model.safetensors"])
+    missing = [name for name in REQUIRED_FILES if name not in there] + ([] if weights else ["model.safetensors"])
     if missing:
         raise ModelError(
             f"It has no {' and no '.join(missing)}. Taleloom opens Llama-style models with a SentencePiece tokenizer: "
             "choose another."
         )
-    return [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if name in top), *weights]
+    return [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if name in there), *weights]
 
 
 def choose_training_files(names: Iterable[str]) -> list[str]:

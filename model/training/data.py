@@ -12,7 +12,7 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,12 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path.name} is of a kind Taleloom cannot read. Use .jsonl, .txt or .parquet.")
 
 
-def resolve_sources(datasets: Iterable[str], root: Path | None = None) -> list[tuple[Source, list[Path]]]:
+def resolve_sources(
+    datasets: Iterable[str], root: Path | None = None, progress: Callable[[str], None] = lambda _: None
+) -> list[tuple[Source, list[Path]]]:
     """Turn each `--dataset` (a file, a .toml recipe or a Hub dataset id) into sources with their files.
 
-    A recipe's paths are relative to `root`, or to the recipe's folder.
+    A recipe's paths are relative to `root`, or to the recipe's folder. `progress` hears of downloads.
     """
     resolved: list[tuple[Source, list[Path]]] = []
     for dataset in datasets:
@@ -120,7 +122,7 @@ def resolve_sources(datasets: Iterable[str], root: Path | None = None) -> list[t
         else:
             from model.hub.pull import pull_dataset
 
-            resolved.append((Source(dataset), pull_dataset(dataset)))
+            resolved.append((Source(dataset), pull_dataset(dataset, progress)))
     return resolved
 
 

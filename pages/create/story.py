@@ -19,13 +19,14 @@ import streamlit as st
 
 from model.config import SamplingParams
 from model.errors import TaleloomError
-from model.storyteller import Mode, Story, Storyteller, find_model
+from model.storyteller import Mode, Story, Storyteller, find_model, guess_mode
 
 DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None
 DEVICE = os.environ.get("TALELOOM_DEVICE", "auto")
 MAX_RUNNING_PER_VISITOR = 2
 POLL_S = 0.15
 DEFAULTS = SamplingParams()
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = {80: "A few lines", 160: "Short", 320: "Medium", 640: "Long", 1280: "Very long"}  # by most tokens
 WAYS: dict[str, Mode | None] = {"Auto": None, "An idea": "idea", "An opening": "opening"}
 EXAMPLES: dict[str, Mode] = {
@@ -36,20 +37,27 @@ EXAMPLES: dict[str, Mode] = {
     "two mice build a boat": "idea",
     "One rainy day, Lily heard a tiny voice in her shoe.": "opening",
 }
-# Its markup is fixed and the story reaches it as data: what a component is given as html would be run.
+# The story reaches the browser as data; a component's html, css and js are run as they are and hold none of it.
 copy_button = st.components.v2.component(
     "copy_story",
-    html='<button type="button"></button>',
+    html="""
+    <button type="button"><span class="icon" aria-hidden="true">content_copy</span><span class="label"></span></button>
+    """,
     css="""
-    button { font: inherit; color: inherit; background: transparent; cursor: pointer; width: 100%;
-             border: 1px solid var(--st-border-color); border-radius: 999px; min-height: 2.5rem }
-    button:hover, button:active { color: var(--st-link-color); border-color: var(--st-link-color) }
+    button {
+      align-items: center; background: var(--st-secondary-background-color); border: 1px solid var(--st-border-color);
+      border-radius: 999px; box-sizing: border-box; color: inherit; cursor: pointer; display: flex; font: inherit;
+      font-size: 0.875rem; gap: 0.5rem; justify-content: center; min-height: 2.5rem; width: 100%;
+    }
+    button:hover { border-color: var(--st-link-color); color: var(--st-link-color) }
     button:focus-visible { outline: 2px solid var(--st-link-color); outline-offset: 2px }
+    .icon { font-family: "Material Symbols Rounded"; font-feature-settings: "liga"; font-size: 1.1rem; line-height: 1 }
     """,
     js="""
     export default function({ data, parentElement }) {
       const button = parentElement.querySelector("button")
-      button.textContent = "Copy"
+      const label = parentElement.querySelector(".label")
+      label.textContent = "Copy"
       button.onclick = async () => {
         try {
           await navigator.clipboard.writeText(data)
@@ -61,8 +69,8 @@ copy_button = st.components.v2.component(
           document.execCommand("copy")
           area.remove()
         }
-        button.textContent = "Copied"
-        setTimeout(() => { button.textContent = "Copy" }, 1600)
+        label.textContent = "Copied"
+        setTimeout(() => { label.textContent = "Copy" }, 1600)
       }
     }
     """,
@@ -127,9 +135,11 @@ def current_story() -> Story | None:
 def fill_in(story: Story) -> None:
     """Set the form to what a story was asked with, but for its seed: Tell should tell a new one."""
     state, params = st.session_state, story.params
-    state.prompt, state.way = story.prompt, next(way for way, mode in WAYS.items() if mode == story.mode)
+    state.prompt = story.prompt
+    if guess_mode(story.prompt) != story.mode:
+        state.way = next(way for way, mode in WAYS.items() if mode == story.mode)
     state.length = min(LENGTHS, key=lambda length: abs(length - params.max_tokens))
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+    for name in SETTINGS:
         state[name] = getattr(params, name)
 
 
@@ -155,20 +165,18 @@ def tell(prompt: str, mode: Mode | None, params: SamplingParams) -> None:
     st.query_params["story"] = story.id
 
 
+def typed_params() -> SamplingParams:
+    names = (*SETTINGS, "seed")
+    return SamplingParams(max_tokens=st.session_state.length, **{name: st.session_state[name] for name in names})
+
+
 def tell_typed() -> None:
-    state = st.session_state
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-    def action() -> None:
-        params = SamplingParams(max_tokens=state.length, **{name: state[name] for name in names})
-        tell(state.prompt, WAYS[state.way], params)
-
-    guarded(action)
+    guarded(lambda: tell(st.session_state.prompt, WAYS[st.session_state.way], typed_params()))
 
 
 def tell_example(example: str, mode: Mode) -> None:
     st.session_state.prompt = example
-    guarded(lambda: tell(example, mode, SamplingParams(max_tokens=st.session_state.length)))
+    guarded(lambda: tell(example, mode, typed_params()))
 
 
 def tell_another(story: Story) -> None:
@@ -185,7 +193,7 @@ def go_on(story: Story) -> None:
 
 
 def begin_anew() -> None:
-    del st.query_params["story"]
+    st.query_params.clear()
     st.session_state.prompt = ""
 
 
@@ -201,23 +209,24 @@ def use_first_storyteller() -> None:
 
 
 def show_header() -> None:
-    words, teller = st.columns([3, 2], vertical_alignment="bottom")
-    words.html(
-        '<h1 class="tl-wordmark"><a href="/" target="_self">Taleloom</a></h1>'
-        '<p class="tl-tagline tl-serif">Give it a thought, get a story.</p>'
-    )
-    with teller.container(horizontal=True, horizontal_alignment="right"), st.popover("Storyteller", type="tertiary"):
-        st.text(f"Now telling: {name_of(st.session_state.model)}")
-        with st.form("storyteller", border=False):
-            st.text_input(
-                "Another storyteller",
-                key="model_field",
-                placeholder="owner/name or owner/name@revision",
-                help="A Llama-style model of the Hugging Face Hub, or the name of a model of your own.",
-            )
-            st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
-        if st.session_state.model is not None:
-            st.button("Back to the first one", type="tertiary", on_click=use_first_storyteller)
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="bottom"):
+        st.html(
+            '<h1 class="tl-wordmark"><a href="./" target="_self">Taleloom</a></h1>'
+            '<p class="tl-tagline">Give it a thought, get a story.</p>',
+            width="content",
+        )
+        with st.popover("Storyteller", type="tertiary"):
+            st.text(f"Now telling: {name_of(st.session_state.model)}")
+            with st.form("storyteller", border=False):
+                st.text_input(
+                    "Another storyteller",
+                    key="model_field",
+                    placeholder="owner/name or owner/name@revision",
+                    help="A Llama-style model of the Hugging Face Hub, or the name of a model of your own.",
+                )
+                st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
+            if st.session_state.model is not None:
+                st.button("Back to the first one", type="tertiary", on_click=use_first_storyteller)
 
 
 def load_wanted() -> None:
@@ -256,47 +265,52 @@ def show_form(knows_ideas: bool) -> None:
                     help="An idea becomes a story of its own; an opening is continued word for word. "
                     "Auto decides by how it is written and says so.",
                 )
-            st.form_submit_button("Tell the story", type="primary", icon=":material/auto_stories:", on_click=tell_typed)
-        left, right = st.columns(2, gap="medium")
-        left.select_slider("Length", list(LENGTHS), key="length", format_func=lambda length: LENGTHS[length])
-        right.slider(
-            "Creativity",
-            0.0,
-            1.5,
-            step=0.05,
-            key="temperature",
-            help="The sampling temperature: low keeps to the likeliest words, high takes chances.",
-        )
-        with st.expander("Finer settings", icon=":material/tune:"):
-            left, right = st.columns(2)
-            left.number_input("Top-k", 0, 100_000, key="top_k", help="Choose among the k likeliest tokens; 0 is all.")
-            right.number_input("Top-p", 0.01, 1.0, step=0.01, key="top_p", help="Likeliest tokens up to this share.")
-            left.number_input(
-                "Min-p",
-                0.0,
-                1.0,
-                step=0.01,
-                key="min_p",
-                help="Leave out tokens below this share of the likeliest.",
-            )
-            right.number_input(
-                "Repetition penalty", 0.1, 10.0, step=0.05, key="repetition_penalty", help="Above 1 avoids said words."
-            )
-            st.number_input(
-                "Seed",
-                0,
-                2**53 - 1,  # what JavaScript can count to
-                key="seed",
-                placeholder="a new one each time",
-                help="The same seed tells the same story again.",
+            st.form_submit_button(
+                "Tell the story", key="tell", type="primary", icon=":material/auto_stories:", on_click=tell_typed
             )
 
 
 def show_examples(knows_ideas: bool) -> None:
-    with st.container(horizontal=True, gap="small", key="examples"):
+    with st.container(horizontal=True, gap="xsmall", key="examples", vertical_alignment="center"):
+        st.html('<span class="tl-facts">Or try one of these</span>')
         for example, mode in EXAMPLES.items():
             if knows_ideas or mode == "opening":
                 st.button(example, on_click=tell_example, args=(example, mode))
+
+
+def show_settings() -> None:
+    with st.container(key="settings"):
+        left, right = st.columns(2, gap="medium")
+    left.select_slider(
+        "Length", list(LENGTHS), key="length", format_func=lambda length: LENGTHS[length], help="The most it may write."
+    )
+    right.slider(
+        "Creativity",
+        0.0,
+        1.5,
+        step=0.05,
+        key="temperature",
+        help="The sampling temperature: low keeps to the likeliest words, high takes chances.",
+    )
+    with st.expander("Finer settings", icon=":material/tune:", type="compact"):
+        left, right = st.columns(2)
+        left.number_input("Top-k", 0, 100_000, key="top_k", help="Choose among the k likeliest tokens; 0 is all.")
+        right.number_input("Top-p", 0.01, 1.0, step=0.01, key="top_p", help="The likeliest tokens up to this share.")
+        left, right = st.columns(2)  # a second pair: on a phone they stand in the order they are read
+        left.number_input(
+            "Min-p", 0.0, 1.0, step=0.01, key="min_p", help="Leave out tokens below this share of the likeliest."
+        )
+        right.number_input(
+            "Repetition penalty", 0.1, 10.0, step=0.05, key="repetition_penalty", help="Above 1 avoids said words."
+        )
+        st.number_input(
+            "Seed",
+            0,
+            2**53 - 1,  # what JavaScript can count to
+            key="seed",
+            placeholder="a new one each time",
+            help="The same seed tells the same story again.",
+        )
 
 
 def page_html(story: Story) -> str:
@@ -371,20 +385,11 @@ def show_endings(story: Story) -> None:
 
 
 st.html(Path(__file__).with_name("story.css"))
-for name, value in {
-    "model": None,
-    "prompt": "",
-    "way": "Auto",
-    "length": DEFAULTS.max_tokens,
-    "temperature": DEFAULTS.temperature,
-    "top_k": DEFAULTS.top_k,
-    "top_p": DEFAULTS.top_p,
-    "min_p": DEFAULTS.min_p,
-    "repetition_penalty": DEFAULTS.repetition_penalty,
-    "seed": None,
-}.items():
+defaults = {"model": None, "prompt": "", "way": "Auto", "length": DEFAULTS.max_tokens, "seed": None}
+for name, value in {**defaults, **{name: getattr(DEFAULTS, name) for name in SETTINGS}}.items():
     st.session_state.setdefault(name, value)
 
+story = current_story()
 show_header()
 load_wanted()
 try:
@@ -392,10 +397,12 @@ try:
 except TaleloomError as error:
     st.error(literally(str(error)))
     st.stop()
-story = current_story()
 show_form(storyteller.knows_ideas)
 if "complaint" in st.session_state:
     st.error(literally(st.session_state.pop("complaint")))
+if story is None:
+    show_examples(storyteller.knows_ideas)
+show_settings()
 if story is not None:
     is_running = not story.is_done
     st.fragment(show_story, run_every=POLL_S if is_running else None)(story, is_running)
@@ -403,7 +410,5 @@ if story is not None:
         st.button("Stop", key="stop", icon=":material/stop_circle:", on_click=stop, args=(story,))
     else:
         show_endings(story)
-else:
-    if "story" in st.query_params:
-        st.info("That story is no longer remembered: the storyteller keeps the latest ones only. Ask for a new one.")
-    show_examples(storyteller.knows_ideas)
+elif "story" in st.query_params:
+    st.info("That story is no longer remembered: the storyteller keeps the latest ones only. Ask for a new one.")

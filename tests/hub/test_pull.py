@@ -114,7 +114,7 @@ def test_a_branch_is_followed_when_it_moves(hub: Any, tiny_model: Path) -> None:
     assert (pull_model(REPO, quiet) / "model.safetensors").read_bytes() == new["model.safetensors"]
 
 
-@pytest.mark.parametrize("trouble", ["down", "offline", "503", "login page"])
+@pytest.mark.parametrize("trouble", ["down", "offline", "429", "503", "login page"])
 def test_without_the_hub_the_cached_copy_is_used(
     hub: Any, tiny_model: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,12 +127,12 @@ def test_without_the_hub_the_cached_copy_is_used(
     elif trouble == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         expected = "HF_HUB_OFFLINE is set and someone/other is not on this computer yet."
-    elif trouble == "503":
-        hub.status = 503
-        expected = "The Hub cannot give someone/other at the moment (error 503)."
-    else:
+    elif trouble == "login page":
         hub.login_page = True
         expected = f"What answers at {hub.url} is no Hub."
+    else:
+        hub.status = int(trouble)
+        expected = f"The Hub cannot give someone/other at the moment (error {trouble})."
     said: list[str] = []
     assert pull_model(REPO, said.append) == folder
     assert said[-1] == "The Hub cannot be reached. Using the copy of someone/tiny on this computer."
@@ -177,6 +177,10 @@ TOKENIZER = {"tokenizer.model": b"-"}
         ({"config.json": CONFIG, **TOKENIZER, "pytorch_model.bin": b"-"}, "only a pickle, which can run code"),
         ({"config.json": CONFIG, "weights.pt": b"-"}, "only a pickle, which can run code"),
         ({"config.json": CONFIG, **TOKENIZER}, "no model.safetensors"),
+        (
+            {"config.json": CONFIG, **TOKENIZER, "adapter_model.safetensors": b"-", "args.bin": b"-"},
+            "no model.safetens",
+        ),
         ({**TOKENIZER, **WEIGHTS}, "no config.json"),
         ({"config.json": CONFIG, **WEIGHTS, "tokenizer.json": b"{}"}, "no tokenizer.model"),
         ({}, "no config.json and no tokenizer.model and no model.safetensors"),
@@ -275,14 +279,25 @@ def test_after_an_interrupted_download_a_second_try_works(hub: Any, tiny_model: 
     assert set(hub.asked_for("HEAD")) == {"model.safetensors"}  # the others are kept
 
 
-def test_a_full_disk_is_said(hub: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full.*Make room in .*home and try again"),
+        # What hf_xet raised when its server could not be reached, and huggingface_hub when Xet headers were missing.
+        (RuntimeError("Task error: File reconstruction error: CAS Client Error"), "was interrupted. Try again"),
+        (ValueError("Xet headers have not been correctly set by the server."), "was interrupted. Try again"),
+    ],
+)
+def test_what_stops_a_download_is_said(
+    hub: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
     hub.push(REPO, tiny_model)
 
-    def write_to_full_disk(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(file_download, "http_get", write_to_full_disk)
-    with pytest.raises(ModelError, match=f"The disk is full.*Make room in {tmp_path / 'home'}"):
+    monkeypatch.setattr(file_download, "http_get", fail)
+    with pytest.raises(ModelError, match=sentence):
         pull_model(REPO, quiet)
 
 
