@@ -5,16 +5,16 @@ Only safetensors are ever read: a pickle can run code when opened, so a folder t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from model.config import ModelConfig
-from model.errors import ModelError
+from model.config import ModelConfig, SamplingParams
+from model.errors import InputError, ModelError
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -112,35 +112,30 @@ def load_decoder(folder: Path, device: str = "cpu") -> Decoder:
     return decoder.eval().to(device)
 
 
-def save_model(
-    folder: Path,
-    decoder: Decoder,
-    tokenizer: Tokenizer,
-    generation: Mapping[str, Any] | None = None,
-    extra_files: Mapping[str, str] | None = None,
-) -> None:
+def save_model(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
     """Write a whole model folder, float16 weights; it appears complete or not at all.
 
     Raises:
-        FileExistsError: the folder is there and holds something that is no model.
+        InputError: the folder is there and holds something that is no model.
     """
     import safetensors.torch
     import torch
 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} exists and is no model folder; choose another name.")
+        raise InputError(f"{folder} exists and is no model folder; choose another name.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {name: w.detach().to("cpu", torch.float16).contiguous() for name, w in decoder.state_dict().items()}
     if decoder.config.tie_word_embeddings:
         del state["lm_head.weight"]
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    sampling = dataclasses.asdict(SamplingParams())
+    sampling = {"max_new_tokens": sampling.pop("max_tokens"), **{k: v for k, v in sampling.items() if k != "seed"}}
     files: dict[str, bytes | str] = {
         "config.json": json.dumps({**decoder.config.to_hf(), **ids}, indent=2),
-        "generation_config.json": json.dumps({**ids, "do_sample": True, **(generation or {})}, indent=2),
+        "generation_config.json": json.dumps({**ids, "do_sample": True, **sampling}, indent=2),
         "tokenizer.model": tokenizer.serialized,
         **tokenizer.hf_files(),
-        **(extra_files or {}),
         "model.safetensors": safetensors.torch.save(state, metadata={"format": "pt"}),
     }
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))

@@ -5,7 +5,6 @@ Plain data crosses it: text, numbers, iterators. Torch is imported when a storyt
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 import threading
@@ -235,6 +234,7 @@ class Story:
         self._storyteller.check_visitor(self.visitor)
         self._request.max_tokens = len(self._request.generated) + max_tokens
         self._request.n_cached = 0
+        self._request.cancelled.clear()  # a stop may have come too late
         self.finish_reason = None
         try:
             self._storyteller.engine.submit(self._request)
@@ -288,7 +288,6 @@ class Storyteller:
         folder = find_model(model, progress, folders)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder, config)
-        logging.getLogger("torch").setLevel(logging.ERROR)
         import torch
 
         from model.checkpoint import load_decoder
@@ -296,7 +295,7 @@ class Storyteller:
 
         device = choose_device(device)
         if device == "cpu":
-            # Small matrices: a second thread costs more in waiting than it brings (docs/performance.md).
+            # Steps of a small model are short: on shared cores a second thread costs more in waiting than it brings.
             torch.set_num_threads(1)
         backend = TorchBackend(load_decoder(folder, device), n_slots)
         return cls(model or "bundled", config, tokenizer, backend, n_slots, device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model, weight_files, write_atomically
-from model.errors import ModelError
+from model.errors import InputError, ModelError
 from model.tokenizer import Tokenizer
 
 
@@ -34,7 +34,7 @@ def test_saving_again_keeps_a_model_card(tiny_decoder, tokenizer, folder):
 def test_saving_never_overwrites_something_else(tiny_decoder, tokenizer, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match="another name"):
         save_model(tmp_path / "notes", tiny_decoder, tokenizer)
 
 

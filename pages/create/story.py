@@ -208,6 +208,24 @@ def use_first_storyteller() -> None:
 # What the page shows.
 
 
+def load_wanted() -> None:
+    """Load what was typed in the storyteller's field; on failure the present one stays."""
+    wanted = st.session_state.pop("wanted", None)
+    if not wanted:
+        return
+    place = st.empty()
+    try:
+        with place.status("Looking for the storyteller …") as status:
+            # Fetched outside the cache: what a cached function draws is replayed to others.
+            find_model(wanted, lambda sentence: status.update(label=literally(sentence)), folders=False)
+            storyteller_of(wanted)
+    except TaleloomError as error:
+        place.error(literally(str(error)))
+    else:
+        st.session_state.model = wanted
+        place.success("A new storyteller is here.")
+
+
 def show_header() -> None:
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="bottom"):
         st.html(
@@ -216,7 +234,7 @@ def show_header() -> None:
             width="content",
         )
         with st.popover("Storyteller", type="tertiary"):
-            st.text(f"Now telling: {name_of(st.session_state.model)}")
+            now_telling = st.empty()
             with st.form("storyteller", border=False):
                 st.text_input(
                     "Another storyteller",
@@ -225,26 +243,10 @@ def show_header() -> None:
                     help="A Llama-style model of the Hugging Face Hub, or the name of a model of your own.",
                 )
                 st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
+            load_wanted()
+            now_telling.text(f"Now telling: {name_of(st.session_state.model)}")
             if st.session_state.model is not None:
                 st.button("Back to the first one", type="tertiary", on_click=use_first_storyteller)
-
-
-def load_wanted() -> None:
-    """Load what was typed in the storyteller's field; on failure the present one stays."""
-    wanted = st.session_state.pop("wanted", None)
-    if not wanted:
-        return
-    with st.status("Looking for the storyteller …") as status:
-        try:
-            # Fetched outside the cache: what a cached function draws is replayed to others.
-            find_model(wanted, lambda sentence: status.update(label=literally(sentence)), folders=False)
-            storyteller_of(wanted)
-        except TaleloomError as error:
-            status.update(label="The storyteller stays as it was.", state="error", expanded=True)
-            st.error(literally(str(error)))
-            return
-        st.session_state.model = wanted
-        status.update(label="A new storyteller is here.", state="complete")
 
 
 def show_form(knows_ideas: bool) -> None:
@@ -272,7 +274,7 @@ def show_form(knows_ideas: bool) -> None:
 
 def show_examples(knows_ideas: bool) -> None:
     with st.container(horizontal=True, gap="xsmall", key="examples", vertical_alignment="center"):
-        st.html('<span class="tl-facts">Or try one of these</span>')
+        st.html('<span class="tl-facts">Or try one of these</span>', width="content")
         for example, mode in EXAMPLES.items():
             if knows_ideas or mode == "opening":
                 st.button(example, on_click=tell_example, args=(example, mode))
@@ -391,7 +393,6 @@ for name, value in {**defaults, **{name: getattr(DEFAULTS, name) for name in SET
 
 story = current_story()
 show_header()
-load_wanted()
 try:
     storyteller = storyteller_of(st.session_state.model)
 except TaleloomError as error:
@@ -401,14 +402,15 @@ show_form(storyteller.knows_ideas)
 if "complaint" in st.session_state:
     st.error(literally(st.session_state.pop("complaint")))
 if story is None:
+    if "story" in st.query_params:
+        st.info("That story is no longer remembered: the storyteller keeps the latest ones only. Ask for a new one.")
     show_examples(storyteller.knows_ideas)
 show_settings()
 if story is not None:
     is_running = not story.is_done
     st.fragment(show_story, run_every=POLL_S if is_running else None)(story, is_running)
     if is_running:
-        st.button("Stop", key="stop", icon=":material/stop_circle:", on_click=stop, args=(story,))
+        with st.container(horizontal=True, horizontal_alignment="right", key="stopping"):
+            st.button("Stop", icon=":material/stop_circle:", on_click=stop, args=(story,))
     else:
         show_endings(story)
-elif "story" in st.query_params:
-    st.info("That story is no longer remembered: the storyteller keeps the latest ones only. Ask for a new one.")

@@ -1,0 +1,74 @@
+"""Long runs: `make soak`."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from model.config import SamplingParams
+from model.storyteller import Storyteller
+
+pytestmark = pytest.mark.soak
+
+
+def peak_memory_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_two_thousand_stories_leave_memory_where_it_was(tiny_model):
+    """Finished, stopped and dropped stories all give their slots back."""
+    rng = random.Random(0)
+    with Storyteller.load(str(tiny_model), device="cpu") as storyteller:
+
+        def tell(n):
+            for seed in range(n):
+                stories = [
+                    storyteller.tell("Ben", SamplingParams(max_tokens=rng.randint(1, 60), seed=seed), mode="opening")
+                    for _ in range(20)
+                ]
+                stories[0].stop()
+                next(iter(stories[1]))  # the iterator is dropped
+                assert all(story.wait(30) for story in stories)
+                assert not any(story.error for story in stories)
+
+        tell(20)
+        before = peak_memory_mb()
+        tell(100)
+        assert peak_memory_mb() - before < 30
+
+
+def test_training_killed_at_random_moments_keeps_its_curve(jsonl, tmp_path):
+    jsonl.write_text(jsonl.read_text() * 20)
+    shape = "--context 64 --vocab-size 320 --width 32 --layers 2 --heads 4 --kv-heads 2 --mlp-width 64".split()
+    shape += "--rows-per-step 2 --rows-per-pass 1 --save-every 5 --device cpu".split()
+    rng = random.Random(1)
+
+    def command(name):
+        return [
+            sys.executable,
+            "-m",
+            "model.cli",
+            "train",
+            "--dataset",
+            str(jsonl),
+            "--out",
+            str(tmp_path / name),
+            *shape,
+        ]
+
+    for _ in range(12):
+        process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1"})
+        time.sleep(rng.uniform(2, 8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    curves = []
+    for name in ("killed", "whole"):
+        subprocess.run(command(name), check=True, timeout=600, env={"OMP_NUM_THREADS": "1"})
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    assert curves[0] == curves[1]
