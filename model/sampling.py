@@ -1,7 +1,6 @@
-"""From logits to the next token: pure functions with per-row settings, and noise that belongs to a story.
+"""From logits to the next token with torch: pure functions with per-row settings and noise (see engine/request.py).
 
-The noise is one uniform number per (seed, position) from a counter-based generator, so a story does not depend on what
-else is generated at the same time. Shapes: b row, v vocabulary.
+Shapes: b row, v vocabulary.
 """
 
 from __future__ import annotations
@@ -10,21 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-MASK_64 = 2**64 - 1
-
-
-def _mix(z: int) -> int:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014): every input bit moves every output bit."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
-    return z ^ (z >> 31)
-
-
-def uniform_noise(seed: int, position: int) -> float:
-    """A uniform number in [0, 1), 53 bits, that depends on nothing but the seed and the position in the story."""
-    golden = 0x9E3779B97F4A7C15
-    return (_mix((_mix((seed + golden) & MASK_64) + (position + 1) * golden) & MASK_64) >> 11) * 2.0**-53
 
 
 def penalise_repetition(logits_bv: Tensor, seen_bv: Tensor, penalty_b: Tensor) -> Tensor:

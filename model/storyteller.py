@@ -1,6 +1,6 @@
 """The one door: load a storyteller, ask for a story, read it as it grows, stop it, continue it.
 
-Plain data crosses it: text, numbers, iterators. Torch is imported when a storyteller is loaded, not before.
+Plain data crosses it: text, numbers, iterators. Torch is imported only where there is a GPU to use.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from model.tokenizer import Tokenizer
 Mode = Literal["idea", "opening"]
 MAX_PROMPT_CHARACTERS = 20_000
 N_SLOTS = 16  # stories written at the same time
+CUDA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "C:/Windows/System32/nvcuda.dll")
 N_REMEMBERED = 500  # stories that can be found again by their id
 TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 REQUEST_START = re.compile(
@@ -63,18 +64,22 @@ def guess_mode(prompt: str) -> Mode:
 def choose_device(device: str = "auto") -> str:
     """Resolve to "cpu" or "cuda"; "auto" takes CUDA where torch finds it.
 
+    Torch, which takes a second to import, is asked only when there is a driver or CUDA is wanted.
+
     Raises:
         InputError: CUDA is asked for and there is none, or the name is unknown.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"Device {device!r} is none of auto, cpu, cuda.")
+    if device == "cpu" or (device == "auto" and not any(Path(driver).exists() for driver in CUDA_DRIVERS)):
+        return "cpu"
     import torch
 
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "cuda":
         raise InputError("There is no CUDA device here (or torch is a CPU build). Use --device cpu.")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"Device {device!r} is none of auto, cpu, cuda.")
-    return device
+    return "cpu"
 
 
 def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing, folders: bool = True) -> Path:
@@ -288,16 +293,17 @@ class Storyteller:
         folder = find_model(model, progress, folders)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder, config)
-        import torch
-
-        from model.checkpoint import load_decoder
-        from model.engine.torch_backend import TorchBackend
-
         device = choose_device(device)
+        backend: Any
         if device == "cpu":
-            # Steps of a small model are short: on shared cores a second thread costs more in waiting than it brings.
-            torch.set_num_threads(1)
-        backend = TorchBackend(load_decoder(folder, device), n_slots)
+            from model.engine.cpu_backend import CpuBackend, read_weights
+
+            backend = CpuBackend(config, read_weights(folder), n_slots)
+        else:
+            from model.checkpoint import load_decoder
+            from model.engine.torch_backend import TorchBackend
+
+            backend = TorchBackend(load_decoder(folder, device), n_slots)
         return cls(model or "bundled", config, tokenizer, backend, n_slots, device)
 
     @property

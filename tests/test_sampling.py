@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from model.sampling import next_token_probabilities, penalise_repetition, pick, sample, uniform_noise
+from model.engine.request import uniform_noise
+from model.sampling import next_token_probabilities, penalise_repetition, pick, sample
 
 V = 50
 

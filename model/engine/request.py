@@ -9,6 +9,21 @@ from enum import StrEnum
 
 from model.config import SamplingParams
 
+MASK_64 = 2**64 - 1
+
+
+def _mix(z: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): every input bit moves every output bit."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return z ^ (z >> 31)
+
+
+def uniform_noise(seed: int, position: int) -> float:
+    """A uniform number in [0, 1), 53 bits, that depends on nothing but the seed and the position in the story."""
+    golden = 0x9E3779B97F4A7C15
+    return (_mix((_mix((seed + golden) & MASK_64) + (position + 1) * golden) & MASK_64) >> 11) * 2.0**-53
+
 
 class FinishReason(StrEnum):
     """Why a story ended."""
@@ -43,6 +58,12 @@ class Request:
     def __post_init__(self) -> None:
         self.max_tokens = self.max_tokens or self.params.max_tokens
         assert self.params.seed is not None, "the seed is drawn before a story starts"
+
+    @property
+    def noise(self) -> float:
+        """The luck of the next token: one uniform number per (seed, position), whoever else is being served."""
+        assert self.params.seed is not None
+        return uniform_noise(self.params.seed, len(self.prompt) + len(self.generated))
 
     @property
     def n_window(self) -> int:

@@ -1,4 +1,4 @@
-"""Runs the decoder for the engine with torch: the reference on the CPU, and the GPU path."""
+"""Runs the decoder for the engine with torch: the GPU path, and the reference for the CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from model.decoder import Decoder
 from model.engine.kv_cache import KVCache
 from model.engine.request import Request
-from model.sampling import sample, uniform_noise
+from model.sampling import sample
 
 
 class TorchBackend:
@@ -55,6 +55,6 @@ class TorchBackend:
             top_p=[p.top_p for p in params],
             min_p=[p.min_p for p in params],
             repetition_penalty=[p.repetition_penalty for p in params],
-            noise=[uniform_noise(r.params.seed or 0, len(r.prompt) + len(r.generated)) for r in requests],
+            noise=[request.noise for request in requests],
         )
         return ids_b.tolist()

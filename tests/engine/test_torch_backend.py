@@ -7,9 +7,9 @@ import torch
 
 from model.config import SamplingParams
 from model.engine.engine import Engine
-from model.engine.request import FinishReason, Request
+from model.engine.request import FinishReason, Request, uniform_noise
 from model.engine.torch_backend import TorchBackend
-from model.sampling import sample, uniform_noise
+from model.sampling import sample
 
 
 @torch.inference_mode()

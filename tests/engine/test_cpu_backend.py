@@ -1,0 +1,198 @@
+"""The CPU kernels against the torch decoder, and their promise: no neighbour changes a bit of a story."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+import threading
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModelConfig, SamplingParams
+from model.decoder import Decoder
+from model.engine.cpu_backend import CpuBackend, pick_token, quantise
+from model.engine.engine import Engine
+from model.engine.request import Request, uniform_noise
+from model.errors import ModelError
+from model.sampling import sample
+
+SHAPES = {
+    "grouped": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1},
+    "own head": {"tie_word_embeddings": False},
+    "odd sizes": {"hidden_size": 36, "head_dim": 6, "intermediate_size": 50},
+}
+
+
+def numpy_weights(decoder):
+    return {name: weight.numpy() for name, weight in decoder.state_dict().items()}
+
+
+def make_decoder(config):
+    torch.manual_seed(1)
+    decoder = Decoder(config).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(8) if parameter.dim() == 2 else parameter.uniform_(0.5, 1.5)
+    return decoder
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_logits_equal_those_of_the_decoder(tiny_config, shape):
+    config = dataclasses.replace(tiny_config, **SHAPES[shape])
+    decoder = make_decoder(config)
+    backend = CpuBackend(config, numpy_weights(decoder), n_slots=3, int8=False)
+    tokens = torch.randint(0, 300, (50,))
+    with torch.inference_mode():
+        expected = decoder(tokens.unsqueeze(0))[0].numpy()
+    first = backend._forward(tokens[:20].tolist(), [2] * 20, range(20), range(20))
+    np.testing.assert_allclose(first, expected[:20], atol=1e-4)
+    for i in range(20, 50):
+        step = backend._forward([int(tokens[i])], [2], [i], [0])
+        np.testing.assert_allclose(step[0], expected[i], atol=1e-4)
+
+
+def test_int8_logits_equal_those_of_a_decoder_with_the_rounded_weights(tiny_config):
+    decoder = make_decoder(tiny_config)
+    backend = CpuBackend(tiny_config, numpy_weights(decoder), n_slots=1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() == 2:
+                rounded, scale = quantise(parameter.numpy())
+                parameter.copy_(torch.from_numpy(rounded * scale[:, None]))
+        tokens = torch.randint(0, 300, (40,))
+        expected = decoder(tokens.unsqueeze(0))[0].numpy()
+    np.testing.assert_allclose(backend._forward(tokens.tolist(), [0] * 40, range(40), range(40)), expected, atol=1e-3)
+
+
+def test_rounding_is_to_half_a_step():
+    weight = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32)
+    weight[3] = 0
+    rounded, scale = quantise(weight)
+    assert rounded.dtype == np.int8 and np.abs(rounded).max() == 127
+    assert (np.abs(rounded * scale[:, None] - weight) <= scale[:, None] / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_neither_chunks_nor_neighbours_change_a_bit(tiny_config, int8):
+    backend = CpuBackend(tiny_config, numpy_weights(make_decoder(tiny_config)), n_slots=4, int8=int8)
+    rng = random.Random(0)
+    tokens = [rng.randrange(300) for _ in range(60)]
+    whole = backend._forward(tokens, [0] * 60, range(60), [59])
+    for slot, sizes in ((1, [1] * 60), (2, [7, 1, 30, 22])):
+        start = 0
+        for n in sizes:
+            last = backend._forward(tokens[start : start + n], [slot] * n, range(start, start + n), [n - 1])
+            start += n
+        assert np.array_equal(last, whole)
+    others = [rng.randrange(300) for _ in range(60)]
+    for i in range(60):  # beside a story of another length
+        together = backend._forward([others[i], tokens[i]], [0, 3], [59 - i, i], [0, 1])
+    assert np.array_equal(together[1], whole[0])
+
+
+def tell(engine, seeds, tiny_config):
+    """Stories of different seeds, prompts and settings, submitted at once; their tokens."""
+    requests, ended = [], []
+    for seed in seeds:
+        rng = random.Random(seed)
+        params = SamplingParams(
+            max_tokens=rng.randint(20, 90), temperature=1.0, min_p=0.0, top_k=rng.choice([0, 30]), seed=seed
+        )
+        prompt = [1, *(rng.randrange(10, 300) for _ in range(rng.randint(1, 40)))]
+        done = threading.Event()
+        requests.append(Request(prompt, params, 1, lambda token: None, lambda reason, error, done=done: done.set()))
+        ended.append(done)
+    for request in requests:
+        engine.submit(request)
+    assert all(done.wait(60) for done in ended)
+    return [request.generated for request in requests]
+
+
+def test_stories_told_together_are_byte_identical_to_each_alone(tiny_config):
+    """64 seeds over 16 slots; contexts slide, prompts and lengths differ."""
+    backend = CpuBackend(tiny_config, numpy_weights(make_decoder(tiny_config)), n_slots=16)
+    engine = Engine(backend, eos_id=2, n_slots=16)
+    together = tell(engine, range(64), tiny_config)
+    alone = [tell(engine, [seed], tiny_config)[0] for seed in range(64)]
+    engine.close()
+    assert together == alone
+    assert len({tuple(tokens) for tokens in together}) == 64
+
+
+def test_the_token_picked_is_that_of_the_torch_sampler():
+    rng = np.random.default_rng(0)
+    for trial in range(600):
+        logits_v = rng.normal(size=200) * rng.choice([0.5, 2, 8])
+        if trial % 3 == 0:
+            logits_v = np.round(logits_v)  # ties
+        seen_v = rng.random(200) < 0.2
+        params = SamplingParams(
+            temperature=float(rng.choice([0, 0.3, 0.8, 2])),
+            top_k=int(rng.choice([0, 1, 5, 40, 200, 1000])),
+            top_p=float(rng.choice([0.1, 0.5, 0.9, 0.95, 1])),
+            min_p=float(rng.choice([0, 0.02, 0.3, 1])),
+            repetition_penalty=float(rng.choice([1, 1.3, 0.8])),
+        )
+        noise = uniform_noise(trial, 5)
+        settings = {name: [getattr(params, name)] for name in ("temperature", "top_k", "top_p", "min_p")}
+        expected = sample(
+            torch.from_numpy(logits_v)[None],
+            torch.from_numpy(seen_v)[None],
+            **settings,
+            repetition_penalty=[params.repetition_penalty],
+            noise=[noise],
+        )
+        assert pick_token(logits_v, seen_v, params, noise) == expected.item(), params
+
+
+@pytest.mark.parametrize("change", ["missing", "reshaped"])
+def test_weights_that_do_not_match_are_named(tiny_config, tiny_decoder, change):
+    weights = numpy_weights(tiny_decoder)
+    name = "model.layers.1.mlp.up_proj"
+    if change == "missing":
+        del weights[f"{name}.weight"]
+    else:
+        weights[f"{name}.weight"] = weights[f"{name}.weight"][:-1]
+    with pytest.raises(ModelError, match="do not match"):
+        CpuBackend(tiny_config, weights, n_slots=1)
+
+
+def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
+    """numba raises at once when neither the package's folder nor the user's cache is writable."""
+    from model.engine import cpu_kernels
+
+    real = numba.njit
+
+    def njit(*arguments, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert cpu_kernels.kernel(lambda x: x + 1)(2) == 3
+
+
+def test_telling_on_a_cpu_imports_no_torch(tiny_model):
+    code = (
+        "import sys\nfrom model.storyteller import Storyteller\n"
+        f"with Storyteller.load({str(tiny_model)!r}, 'cpu') as s: s.tell('Ben', mode='opening').wait(60)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_full_sized_shape_also_agrees():
+    """The default shape takes other vector paths than the tiny one."""
+    config = ModelConfig(vocab_size=512, num_hidden_layers=2)
+    decoder = make_decoder(config)
+    backend = CpuBackend(config, numpy_weights(decoder), n_slots=1, int8=False)
+    tokens = torch.randint(0, 512, (512,))
+    with torch.inference_mode():
+        expected = decoder(tokens.unsqueeze(0))[0, -1].numpy()
+    last = backend._forward(tokens.tolist(), [0] * 512, range(512), [511])[0]
+    np.testing.assert_allclose(last, expected, atol=1e-3 * np.abs(expected).max())
