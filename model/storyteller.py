@@ -116,7 +116,15 @@ class Story:
     Any number of threads may read it; iterating waits for text, everything else answers at once.
     """
 
-    def __init__(self, storyteller: Storyteller, prompt: str, mode: Mode, params: SamplingParams, visitor: str | None):
+    def __init__(
+        self,
+        storyteller: Storyteller,
+        prompt: str,
+        mode: Mode,
+        params: SamplingParams,
+        visitor: str | None,
+        pace: float | None,
+    ):
         self.id = uuid.uuid4().hex[:12]
         self.prompt, self.mode, self.params, self.visitor = prompt, mode, params, visitor
         self.finish_reason: FinishReason | None = None
@@ -131,7 +139,12 @@ class Story:
         plain = plain_text(prompt)
         ids = tokenizer.encode_idea(plain) if mode == "idea" else tokenizer.encode_opening(plain)
         self._request = Request(
-            ids, params, len(ids) if mode == "idea" else 1, on_token=self._on_token, on_finish=self._on_finish
+            ids,
+            params,
+            n_kept=len(ids) if mode == "idea" else 1,
+            on_token=self._on_token,
+            on_finish=self._on_finish,
+            pace=pace,
         )
 
     # On the engine's thread.
@@ -207,9 +220,14 @@ class Story:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of writing; 0 before the second token."""
+        """Speed at which the text came; 0 before the second token."""
         seconds = self.seconds
         return (self.n_tokens - 1) / seconds if self.n_tokens > 1 and seconds > 0 else 0.0
+
+    @property
+    def possible_tokens_per_second(self) -> float:
+        """Speed without a pace: tokens over the time spent in this story's steps; 0 before the first token."""
+        return self.n_tokens / self._request.busy_s if self.n_tokens and self._request.busy_s > 0 else 0.0
 
     @property
     def place_in_queue(self) -> int:
@@ -321,6 +339,7 @@ class Storyteller:
         params: SamplingParams | None = None,
         mode: Mode | None = None,
         visitor: str | None = None,
+        pace: float | None = None,
     ) -> Story:
         """Begin a story and return at once; it grows on the engine's thread.
 
@@ -328,6 +347,7 @@ class Storyteller:
             prompt: an opening, which the story continues word for word, or an idea for one.
             mode: which of the two; None guesses (see guess_mode).
             visitor: whoever asks, when `max_running_per_visitor` limits how many stories one may have running.
+            pace: tokens a second at most, for a reader who follows along; None is as fast as it goes.
 
         Raises:
             InputError: the prompt is empty, too long, or an idea is asked of a model that knows none.
@@ -342,7 +362,7 @@ class Storyteller:
         prompt = prompt.strip()
         self._check_prompt(prompt, mode)
         self.check_visitor(visitor)
-        story = Story(self, prompt, mode, params, visitor)
+        story = Story(self, prompt, mode, params, visitor, pace)
         self.engine.submit(story._request)
         with self._lock:
             self._stories[story.id] = story

@@ -1,13 +1,15 @@
 """The engine: one thread that steps every running story, so any number of readers share one model.
 
 Between two steps stories join and leave. A long prompt is read in chunks between decode steps, so that nobody waits
-for it. An exception in a step ends the stories of that step with its message; the thread lives on.
+for it. A story can be given a pace: what its reader could not follow anyway is time for others. An exception in a step
+ends the stories of that step with its message; the thread lives on.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from model.errors import EngineError
 
 log = logging.getLogger(__name__)
 PREFILL_CHUNK = 128  # prompt tokens read between two decode steps
+PACE_SLACK_S = 0.005  # stories due within this time share a step
 
 
 class Backend(Protocol):
@@ -87,17 +90,36 @@ class Engine:
                 self._scheduler.admit()
                 running = list(self._scheduler.running)
             reading = [r for r in running if r.n_window - r.n_cached > 1 or not r.generated]
+            soon_s = time.monotonic() + PACE_SLACK_S
+            writing = [r for r in running if r not in reading and r.due_s <= soon_s]
+            if running and not reading and not writing:
+                self._rest(running)
+                continue
             # One chunk of one long prompt, then a step for all who are writing: nobody waits more than that.
-            for group in (reading[:1], [r for r in running if r not in reading]):
+            for group in (reading[:1], writing):
                 if group:
                     self._guarded_step(group, prefill=group[0] in reading)
 
+    def _rest(self, running: list[Request]) -> None:
+        """Everyone is ahead of the pace that was asked for: sleep until the first is due or something happens."""
+        with self._changed:
+            # Looked at again under the lock: what happened since is not announced twice.
+            something_happened = (
+                self._closing or self._scheduler.can_admit or any(r.cancelled.is_set() for r in running)
+            )
+            rest_s = min(r.due_s for r in running) - time.monotonic()
+            if not something_happened and rest_s > 0:
+                self._changed.wait(rest_s)
+
     def _guarded_step(self, requests: list[Request], prefill: bool) -> None:
+        started_s = time.monotonic()
         try:
             if prefill:
                 self._prefill(requests[0])
             else:
                 self._decode(requests)
+            for request in requests:
+                request.busy_s += time.monotonic() - started_s
         except Exception as error:  # the edge of the engine: recorded, told to the readers, survived
             log.exception("a step failed")
             for request in [r for r in requests if r.slot is not None]:  # those that did not end in this very step
@@ -125,6 +147,8 @@ class Engine:
                 self._finish(request, FinishReason.STOP)
                 continue
             request.generated.append(token)
+            if request.pace:
+                request.due_s = max(request.due_s, time.monotonic() - 1 / request.pace) + 1 / request.pace
             request.on_token(token)
             if len(request.generated) >= request.max_tokens:
                 self._finish(request, FinishReason.LENGTH)

@@ -48,12 +48,15 @@ class Request:
     on_finish: Callable[[FinishReason, str | None], None]
     generated: list[int] = field(default_factory=list)
     max_tokens: int = 0
+    pace: float | None = None  # tokens a second at most; None is as fast as it goes
     n_forgotten: int = 0  # oldest tokens after n_kept that no longer fit the context
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     # The engine's own: where the story stands in the cache.
     slot: int | None = None
     n_cached: int = 0
+    due_s: float = 0.0  # when the next token may be written, on the monotonic clock
+    busy_s: float = 0.0  # spent in steps that this story took part in
 
     def __post_init__(self) -> None:
         self.max_tokens = self.max_tokens or self.params.max_tokens

@@ -27,7 +27,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move waiting requests into free slots."""
-        while self.waiting and self._free_slots:
+        while self.can_admit:
             request = self.waiting.popleft()
             request.slot = self._free_slots.pop()
             request.n_cached = 0
@@ -46,6 +46,10 @@ class Scheduler:
     def place_in_queue(self, request: Request) -> int:
         """1 for the next to run, 0 when it is not waiting."""
         return self.waiting.index(request) + 1 if request in self.waiting else 0
+
+    @property
+    def can_admit(self) -> bool:
+        return bool(self.waiting and self._free_slots)
 
     @property
     def is_idle(self) -> bool:

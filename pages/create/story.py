@@ -28,6 +28,7 @@ POLL_S = 0.15
 DEFAULTS = SamplingParams()
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = {80: "A few lines", 160: "Short", 320: "Medium", 640: "Long", 1280: "Very long"}  # by most tokens
+READING_PACE = 60.0  # tokens a second: faster than anyone reads, slow enough to watch
 WAYS: dict[str, Mode | None] = {"Auto": None, "An idea": "idea", "An opening": "opening"}
 EXAMPLES: dict[str, Mode] = {
     "a dragon who is afraid of fire": "idea",
@@ -160,7 +161,8 @@ def tell(prompt: str, mode: Mode | None, params: SamplingParams) -> None:
     if shown is not None:
         shown.stop()
         shown.wait(1.0)
-    story = storyteller_of(st.session_state.model).tell(prompt, params, mode, visitor())
+    pace = READING_PACE if st.session_state.read_along else None
+    story = storyteller_of(st.session_state.model).tell(prompt, params, mode, visitor(), pace)
     st.session_state.story = story
     st.query_params["story"] = story.id
 
@@ -305,7 +307,13 @@ def show_settings() -> None:
         right.number_input(
             "Repetition penalty", 0.1, 10.0, step=0.05, key="repetition_penalty", help="Above 1 avoids said words."
         )
-        st.number_input(
+        left, right = st.columns(2, vertical_alignment="bottom")
+        right.toggle(
+            "At a pace to read along",
+            key="read_along",
+            help="Off, the words appear as fast as the storyteller writes them.",
+        )
+        left.number_input(
             "Seed",
             0,
             2**53 - 1,  # what JavaScript can count to
@@ -350,7 +358,10 @@ def show_story(story: Story, was_running: bool) -> None:
     st.html(page_html(story))
     if was_running and story.is_done:
         st.rerun()  # the whole page: its buttons change
-    speed = f"<span>{story.tokens_per_second:,.0f} tokens a second</span>" if story.tokens_per_second else ""
+    # Of a story told for reading along, what the storyteller could do says more than the pace.
+    possible = story.possible_tokens_per_second
+    told = f"written at {possible:,.0f}, told at" if possible > 1.5 * story.tokens_per_second else "at"
+    speed = f"<span>{told} {story.tokens_per_second:,.0f} tokens a second</span>" if story.tokens_per_second else ""
     st.html(
         f'<div class="tl-facts"><span>{len(story.text.split()):,} words</span>{speed}'
         f"<span>Seed {story.params.seed}</span></div>"
@@ -387,7 +398,8 @@ def show_endings(story: Story) -> None:
 
 
 st.html(Path(__file__).with_name("story.css"))
-defaults = {"model": None, "prompt": "", "way": "Auto", "length": DEFAULTS.max_tokens, "seed": None}
+defaults = {"model": None, "prompt": "", "way": "Auto", "length": DEFAULTS.max_tokens, "read_along": True}
+defaults["seed"] = None
 for name, value in {**defaults, **{name: getattr(DEFAULTS, name) for name in SETTINGS}}.items():
     st.session_state.setdefault(name, value)
 

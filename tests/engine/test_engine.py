@@ -135,7 +135,30 @@ def test_cancelling_frees_the_slot_and_keeps_the_tokens(engine):
     assert late.wait().reason is FinishReason.LENGTH
 
 
+def test_a_paced_story_keeps_its_pace_and_others_do_not_wait(engine):
+    paced, free = Reader(max_tokens=20), Reader(max_tokens=400)
+    paced.request.pace = 100.0
+    started_s = time.monotonic()
+    engine.submit(paced.request)
+    engine.submit(free.request)
+    free.wait()
+    assert len(paced.tokens) < 20, "400 free tokens take less time than 20 paced ones"
+    paced.wait()
+    assert time.monotonic() - started_s >= 0.18 and paced.tokens == list(range(1, 21))
+
+
+def test_a_paced_story_stops_at_once(engine):
+    reader = Reader(max_tokens=20)
+    reader.request.pace = 0.2  # a token every five seconds
+    engine.submit(reader.request)
+    wait_until(lambda: reader.tokens)
+    started_s = time.monotonic()
+    engine.cancel(reader.request)
+    assert reader.wait().reason is FinishReason.CANCELLED and time.monotonic() - started_s < 2
+
+
 def test_a_long_prompt_is_read_between_the_steps_of_others(engine, backend):
+    backend.context = 10_000  # the first story must not have to read again itself
     first = Reader(max_tokens=4000)
     engine.submit(first.request)
     wait_until(lambda: len(first.tokens) > 3)

@@ -40,6 +40,7 @@ def app() -> AppTest:
 def opened(story_id: str | None = None) -> AppTest:
     """A new visitor's page."""
     app = AppTest.from_file(str(CHECKOUT / "app.py"), default_timeout=60)
+    app.session_state["read_along"] = False
     if story_id:
         app.query_params["story"] = story_id
     app.run()
@@ -312,3 +313,12 @@ def test_streamlit_collects_no_garbage_after_each_look():
     second instead of 430."""
     settings = tomllib.loads((CHECKOUT / ".streamlit" / "config.toml").read_text())
     assert settings["runner"]["postScriptGC"] is False
+
+
+def test_a_story_to_read_along_keeps_its_pace():
+    app = opened()
+    app.toggle(key="read_along").set_value(True)
+    ask(app, "a dragon who is afraid of fire")
+    story = app.session_state["story"]
+    assert story.tokens_per_second < 65 < story.possible_tokens_per_second
+    assert "told at" in facts_of(app)
