@@ -20,6 +20,7 @@ from model.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from model.decoder import Decoder
 
+MAX_PADDING = 256
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -46,7 +47,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{folder} has no config.json, so it is no model folder. Check the path.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}). Download the model again.") from error
     if not isinstance(fields, dict):
         raise ModelError(f"{path} does not hold the settings of a model. Download the model again.")
@@ -74,7 +75,8 @@ def weight_files(folder: Path) -> list[Path]:
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """Read the folder's tokenizer; raises ModelError when it is not the one the model was trained with."""
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    # Models may be padded to a round number of pieces; by more it is another model's tokenizer.
+    if not config.vocab_size - MAX_PADDING <= tokenizer.vocab_size <= config.vocab_size:
         raise ModelError(
             f"The tokenizer has {tokenizer.vocab_size} pieces and the model {config.vocab_size}: they do not belong "
             "together. Use the tokenizer.model that came with the weights."
@@ -113,7 +115,8 @@ def load_decoder(folder: Path, device: str = "cpu") -> Decoder:
 
 
 def save_model(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
-    """Write a whole model folder, float16 weights; it appears complete or not at all.
+    """Write a whole model folder, float16 weights. A new folder appears complete or not at all; into an existing one
+    the files go one by one, each whole, and others that are there (a model card, say) stay.
 
     Raises:
         InputError: the folder is there and holds something that is no model.

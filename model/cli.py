@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,10 @@ from model.config import CHECKOUT, ModelConfig, SamplingParams, TrainingConfig
 from model.errors import InputError, TaleloomError
 
 DEFAULTS = SamplingParams()
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+SHAPE = ModelConfig()
+WHOLE = click.IntRange(min=1)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 MODEL = click.option("--model", help="A folder, a Hub id (REPO[@revision]) or a name of your own. Default: bundled.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -28,12 +31,14 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except TaleloomError as error:
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader of a pipe has left
+        except (TaleloomError, OSError) as error:
             click.echo(f"taleloom: {error}", err=True)
             ctx.exit(1)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="taleloom")
 def main() -> None:
     """Taleloom: a small storyteller."""
@@ -50,12 +55,12 @@ def _progress(message: str) -> None:
 @click.option("--idea", "mode", flag_value="idea", help="PROMPT is an idea to make a story of.")
 @click.option("--opening", "mode", flag_value="opening", help="PROMPT is the story's beginning, to be continued.")
 @click.option("--seed", type=int, help="The same seed tells the same story again.")
-@click.option("--max-tokens", type=int, default=DEFAULTS.max_tokens, show_default=True)
-@click.option("--temperature", type=float, default=DEFAULTS.temperature, show_default=True)
-@click.option("--top-k", type=int, default=DEFAULTS.top_k, show_default=True)
-@click.option("--top-p", type=float, default=DEFAULTS.top_p, show_default=True)
-@click.option("--min-p", type=float, default=DEFAULTS.min_p, show_default=True)
-@click.option("--repetition-penalty", type=float, default=DEFAULTS.repetition_penalty, show_default=True)
+@click.option("--max-tokens", type=int, default=DEFAULTS.max_tokens)
+@click.option("--temperature", type=float, default=DEFAULTS.temperature)
+@click.option("--top-k", type=int, default=DEFAULTS.top_k)
+@click.option("--top-p", type=float, default=DEFAULTS.top_p)
+@click.option("--min-p", type=float, default=DEFAULTS.min_p)
+@click.option("--repetition-penalty", type=float, default=DEFAULTS.repetition_penalty)
 @MODEL
 @DEVICE
 @JSON
@@ -68,6 +73,8 @@ def tell(
     params = SamplingParams(**settings)
     with Storyteller.load(model, device=device, progress=_progress) as storyteller:
         story = storyteller.tell(prompt, params, mode=mode)
+        if story.mode == "opening" and not as_json:
+            click.echo(story.prompt, nl=False)
         for piece in story:
             if not as_json:
                 click.echo(piece, nl=False)
@@ -120,21 +127,39 @@ def evaluate(data: Path, model: str | None, device: str, as_json: bool) -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; resumes what it holds.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where a recipe's files lie. Default: beside it.")
-@click.option("--vocab-size", default=4096, show_default=True)
-@click.option("--context", default=512, show_default=True, help="Longest sequence, in tokens.")
-@click.option("--width", default=320, show_default=True)
-@click.option("--layers", default=6, show_default=True)
-@click.option("--heads", default=10, show_default=True)
-@click.option("--kv-heads", default=5, show_default=True)
-@click.option("--mlp-width", default=896, show_default=True)
-@click.option("--rows-per-step", default=16, show_default=True, help="Sequences behind one optimizer step.")
-@click.option("--rows-per-pass", default=8, show_default=True, help="Sequences in memory at once.")
-@click.option("--muon-lr", default=TrainingConfig.muon_lr, show_default=True)
-@click.option("--adamw-lr", default=TrainingConfig.adamw_lr, show_default=True)
-@click.option("--weight-decay", default=TrainingConfig.weight_decay, show_default=True)
-@click.option("--save-every", default=TrainingConfig.save_every, show_default=True, help="Steps between checkpoints.")
-@click.option("--max-steps", type=int, help="Stop earlier than the end of the data.")
-@click.option("--seed", default=1, show_default=True)
+@click.option("--vocab-size", type=WHOLE, default=SHAPE.vocab_size)
+@click.option(
+    "--context",
+    type=WHOLE,
+    default=SHAPE.max_position_embeddings,
+    show_default=True,
+    help="Longest sequence, in tokens.",
+)
+@click.option("--width", type=WHOLE, default=SHAPE.hidden_size)
+@click.option("--layers", type=WHOLE, default=SHAPE.num_hidden_layers)
+@click.option("--heads", type=WHOLE, default=SHAPE.num_attention_heads)
+@click.option("--kv-heads", type=WHOLE, default=SHAPE.num_key_value_heads)
+@click.option("--mlp-width", type=WHOLE, default=SHAPE.intermediate_size)
+@click.option(
+    "--rows-per-step",
+    type=WHOLE,
+    default=TrainingConfig.rows_per_step,
+    show_default=True,
+    help="Sequences behind one optimizer step.",
+)
+@click.option(
+    "--rows-per-pass",
+    type=WHOLE,
+    default=TrainingConfig.rows_per_pass,
+    show_default=True,
+    help="Sequences in memory at once.",
+)
+@click.option("--muon-lr", type=POSITIVE, default=TrainingConfig.muon_lr)
+@click.option("--adamw-lr", type=POSITIVE, default=TrainingConfig.adamw_lr)
+@click.option("--weight-decay", type=click.FloatRange(min=0), default=TrainingConfig.weight_decay)
+@click.option("--save-every", type=WHOLE, default=TrainingConfig.save_every, help="Steps between checkpoints.")
+@click.option("--max-steps", type=WHOLE, help="Stop earlier than the end of the data.")
+@click.option("--seed", default=1)
 @DEVICE
 def train(
     datasets: tuple[str, ...],
@@ -156,6 +181,7 @@ def train(
 
     With several GPUs: torchrun --nproc-per-node N -m model.cli train ...
     """
+    from model.hub.pull import pull_dataset
     from model.storyteller import choose_device
     from model.training.data import PreparedData, prepare, resolve_sources
     from model.training.loop import TrainingRun
@@ -164,13 +190,16 @@ def train(
         raise InputError(f"--heads {heads} does not divide --width {width}.")
     rank = int(os.environ.get("RANK", 0))
     data_folder = out / "data"
+    asked = {"datasets": list(datasets), "context": context, "vocab_size": vocab_size, "seed": settings["seed"]}
     while rank > 0 and not (data_folder / "data.json").is_file():
         time.sleep(1)  # process 0 prepares; data.json is the last file it writes
     if not (data_folder / "data.json").is_file():
         click.echo("Preparing the data ...", err=True)
-        sources = resolve_sources(datasets, data_root, lambda sentence: click.echo(sentence, err=True))
-        summary = prepare(sources, data_folder, context, vocab_size, seed=settings["seed"])
+        sources = resolve_sources(datasets, lambda repo: pull_dataset(repo, partial(click.echo, err=True)), data_root)
+        summary = prepare(sources, data_folder, context, vocab_size, seed=settings["seed"], asked=asked)
         click.echo(json.dumps(summary, indent=2), err=True)
+    elif json.loads((data_folder / "data.json").read_text()).get("asked") != asked:
+        raise InputError(f"{data_folder} was prepared from other data or settings. Choose another --out, or delete it.")
     data = PreparedData.open(data_folder)
     try:
         model_config = ModelConfig(
@@ -209,8 +238,8 @@ def train(
 
 
 @main.command()
-@click.option("--port", default=8501, show_default=True)
-@click.option("--address", default="localhost", show_default=True)
+@click.option("--port", default=8501)
+@click.option("--address", default="localhost")
 @MODEL
 @DEVICE
 def app(port: int, address: str, model: str | None, device: str) -> None:
@@ -220,9 +249,11 @@ def app(port: int, address: str, model: str | None, device: str) -> None:
         raise TaleloomError("app.py is missing: run Taleloom from its checkout (pip install -e .).")
     environment = {**os.environ, "TALELOOM_DEVICE": device}
     if model:
-        environment["TALELOOM_MODEL"] = model
+        environment["TALELOOM_MODEL"] = str(Path(model).resolve()) if Path(model).is_dir() else model
     command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port)]
-    raise SystemExit(subprocess.call([*command, "--server.address", address], cwd=CHECKOUT, env=environment))
+    os.chdir(CHECKOUT)  # where .streamlit/config.toml is
+    # In place of this process, so that whoever stops it stops the server.
+    os.execve(sys.executable, [*command, "--server.address", address], environment)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from model.errors import InputError, ModelError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+MIN_CONTEXT, MAX_CONTEXT = 32, 2048  # tokens, of a model from elsewhere
 BUNDLED_WEIGHTS = CHECKOUT / "weights"
 
 # What each choice field of ModelConfig may say; model/decoder.py holds the matching modules.
@@ -40,11 +41,11 @@ class ModelConfig:
     """
 
     vocab_size: int = 4096
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
+    hidden_size: int = 320
+    intermediate_size: int = 896
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 10
+    num_key_value_heads: int = 5
     head_dim: int = 32
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-5
@@ -91,6 +92,8 @@ class ModelConfig:
         if kind != "llama":
             raise ModelError(f"This model is of type {kind!r}. Taleloom opens Llama-style models (model_type 'llama').")
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ModelError("config.json does not describe a model Taleloom can build: odd rotary settings.")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         unsupported = {
             "rope_type": rope_type != "default",
@@ -108,9 +111,14 @@ class ModelConfig:
             known.setdefault("num_key_value_heads", n_heads)
             known.setdefault("head_dim", fields["hidden_size"] // n_heads)
             known.setdefault("tie_word_embeddings", False)
-            return cls(**known)
+            # Longer contexts than stories need would only cost memory: the cache is allocated whole.
+            known["max_position_embeddings"] = min(known["max_position_embeddings"], MAX_CONTEXT)
+            config = cls(**known)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ModelError(f"config.json does not describe a model Taleloom can build: {error}") from error
+        if config.max_position_embeddings < MIN_CONTEXT:
+            raise ModelError(f"The model's context is {config.max_position_embeddings} tokens, too few for a story.")
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The same settings as a Hugging Face `config.json` for `LlamaForCausalLM`."""
@@ -165,6 +173,8 @@ class SamplingParams:
         self._check_whole("max_tokens", 1, self.MAX_TOKENS_LIMIT)
         self._check_whole("top_k", 0, 1_000_000)
         self._check_number("temperature", 0.0, 10.0)
+        if 0 < self.temperature < 0.01:
+            raise InputError("temperature is too close to 0. Use 0 for the likeliest words, or a number from 0.01.")
         self._check_number("top_p", 0.0, 1.0)
         self._check_number("min_p", 0.0, 1.0)
         self._check_number("repetition_penalty", 0.1, 10.0)
@@ -190,7 +200,7 @@ class TrainingConfig:
     """One training run. Learning rates follow a warm-up, a constant stretch and a linear decay to zero."""
 
     rows_per_step: int = 16  # sequences of `context` tokens behind one optimizer step, over all processes
-    rows_per_pass: int = 16  # sequences in one forward pass; fewer means gradient accumulation
+    rows_per_pass: int = 8  # sequences in one forward pass; fewer means gradient accumulation
     muon_lr: float = 0.008  # for matrices; update RMS as AdamW's
     adamw_lr: float = 0.003  # for embeddings and norm gains
     weight_decay: float = 0.1

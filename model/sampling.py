@@ -49,7 +49,8 @@ def pick(probabilities_bv: Tensor, ids_bv: Tensor, noise_b: Tensor) -> Tensor:
     """Sample each row by inverting its cumulative distribution at the row's noise; returns token ids [b]."""
     cumulative_bv = probabilities_bv.cumsum(-1)
     n_below_b = (cumulative_bv <= noise_b.unsqueeze(1)).sum(-1)
-    last_b = (probabilities_bv > 0).sum(-1) - 1  # rounding may leave the total just under 1
+    # Rounding may leave the total just under 1; and what is no number must not become an index.
+    last_b = ((probabilities_bv > 0).sum(-1) - 1).clamp(min=0)
     return ids_bv.gather(1, torch.minimum(n_below_b, last_b).unsqueeze(1)).squeeze(1)
 
 

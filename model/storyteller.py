@@ -10,7 +10,6 @@ import secrets
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,8 @@ def _say_nothing(_: str) -> None:
 
 def plain_text(text: str) -> str:
     """A prompt as the training text is written: plain quotes and dashes, one newline between paragraphs."""
-    return re.sub(r"\s*\n\s*", "\n", text.translate(TYPOGRAPHY))
+    lines = (line.strip() for line in text.translate(TYPOGRAPHY).split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def guess_mode(prompt: str) -> Mode:
@@ -102,7 +102,7 @@ def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing
     if re.fullmatch(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", model) and not model.startswith((".", "/")):
         from model.hub.pull import pull_model
 
-        return pull_model(model, progress)
+        return pull_model(model, progress, use_token=folders)
     if not folders:
         raise ModelError(f"There is no model {model!r}. Type a Hub id (owner/name) or the name of a model of your own.")
     raise ModelError(
@@ -170,7 +170,7 @@ class Story:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of new text (the opening is not repeated) until the story ends; leaving the loop early stops it."""
-        n_read = 0
+        n_read, done = 0, False
         try:
             while True:
                 with self._grown:
@@ -183,7 +183,7 @@ class Story:
                 if done:
                     return
         finally:
-            if self.finish_reason is None:
+            if not done:
                 self.stop()
 
     @property
@@ -252,15 +252,15 @@ class Story:
             BusyError: too many stories are waiting, or this visitor has too many running.
         """
         SamplingParams(max_tokens=max_tokens)  # checks the number
-        if self.finish_reason is not FinishReason.LENGTH:
-            raise InputError("Only a story that stopped at its length limit can be continued.")
-        self._storyteller.check_visitor(self.visitor)
+        with self._grown:  # two readers may press Continue at once
+            if self.finish_reason is not FinishReason.LENGTH:
+                raise InputError("Only a story that stopped at its length limit can be continued.")
+            self.finish_reason = None
         self._request.max_tokens = len(self._request.generated) + max_tokens
         self._request.n_cached = 0
         self._request.cancelled.clear()  # a stop may have come too late
-        self.finish_reason = None
         try:
-            self._storyteller.engine.submit(self._request)
+            self._storyteller.resume(self)
         except BaseException:
             self.finish_reason = FinishReason.LENGTH
             raise
@@ -287,7 +287,7 @@ class Storyteller:
         self.name, self.config, self.tokenizer, self.device = name, config, tokenizer, device
         self.engine = Engine(backend, tokenizer.eos_id, n_slots)
         self.max_running_per_visitor: int | None = None
-        self._stories: OrderedDict[str, Story] = OrderedDict()
+        self._stories: dict[str, Story] = {}  # oldest first
         self._lock = threading.Lock()
 
     @classmethod
@@ -316,12 +316,12 @@ class Storyteller:
         if device == "cpu":
             from model.engine.cpu_backend import CpuBackend, read_weights
 
-            backend = CpuBackend(config, read_weights(folder), n_slots)
+            backend = CpuBackend(config, read_weights(folder), n_slots, tokenizer.vocab_size)
         else:
             from model.checkpoint import load_decoder
             from model.engine.torch_backend import TorchBackend
 
-            backend = TorchBackend(load_decoder(folder, device), n_slots)
+            backend = TorchBackend(load_decoder(folder, device), n_slots, tokenizer.vocab_size)
         return cls(model or "bundled", config, tokenizer, backend, n_slots, device)
 
     @property
@@ -361,13 +361,14 @@ class Storyteller:
             raise InputError("This storyteller was not trained on ideas. Give it the opening of a story.")
         prompt = prompt.strip()
         self._check_prompt(prompt, mode)
-        self.check_visitor(visitor)
         story = Story(self, prompt, mode, params, visitor, pace)
-        self.engine.submit(story._request)
         with self._lock:
+            self._check_visitor(visitor)
+            self.engine.submit(story._request)
             self._stories[story.id] = story
-            while len(self._stories) > N_REMEMBERED:
-                self._stories.popitem(last=False)
+            done = [story_id for story_id, story in self._stories.items() if story.is_done]
+            for story_id in done[: max(0, len(self._stories) - N_REMEMBERED)]:
+                del self._stories[story_id]
         return story
 
     def _check_prompt(self, prompt: str, mode: Mode) -> None:
@@ -384,12 +385,18 @@ class Storyteller:
                 f"The idea has {n_tokens} tokens; {limit} are the most. Shorten it, or use it as an opening."
             )
 
-    def check_visitor(self, visitor: str | None) -> None:
+    def resume(self, story: Story) -> None:
+        """Give a story back to the engine; for Story.extend."""
+        with self._lock:
+            self._check_visitor(story.visitor, story)
+            self.engine.submit(story._request)
+
+    def _check_visitor(self, visitor: str | None, resumed: Story | None = None) -> None:
         """Raises BusyError when this visitor has as many stories running as one may have."""
         if visitor is None or self.max_running_per_visitor is None:
             return
-        with self._lock:
-            n_running = sum(not s.is_done for s in self._stories.values() if s.visitor == visitor)
+        told = (story for story in self._stories.values() if story.visitor == visitor and story is not resumed)
+        n_running = sum(not story.is_done for story in told)
         if n_running >= self.max_running_per_visitor:
             raise BusyError(f"{n_running} of your stories are still being told. Wait for one to end, or stop it.")
 
@@ -401,6 +408,10 @@ class Storyteller:
     def close(self) -> None:
         """Stop every story and the engine; harmless when closed."""
         self.engine.close()
+
+    def retire(self) -> None:
+        """Take no more stories and return at once; the engine ends with the last that is being told."""
+        self.engine.retire()
 
     def __enter__(self) -> Storyteller:
         return self

@@ -92,6 +92,8 @@ def test_a_tokenizer_of_another_model_is_named(folder, stories):
         ('{"model_type": "gpt2"}', "gpt2"),
         ('{"model_type": "llama"}', "does not describe"),
         ('{"model_type": "llama", "attention_bias": true}', "attention_bias"),
+        ('{"model_type": "llama", "rope_scaling": "linear"}', "odd rotary"),
+        ("[" * 100_000, "cannot be read"),
         ('{"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2}}', "rope_type"),
     ],
 )
@@ -99,6 +101,15 @@ def test_an_unusable_config_says_why(folder, content, words):
     (folder / "config.json").write_text(content)
     with pytest.raises(ModelError, match=words):
         read_config(folder)
+
+
+def test_a_context_too_short_for_a_story_is_refused_and_a_huge_one_is_not_allocated(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 1}))
+    with pytest.raises(ModelError, match="too few"):
+        read_config(folder)
+    (folder / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 1_000_000}))
+    assert read_config(folder).max_position_embeddings == 2048
 
 
 def test_a_folder_without_config_is_no_model(tmp_path):

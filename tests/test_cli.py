@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 from click.testing import CliRunner
@@ -68,3 +71,45 @@ def test_a_reader_who_leaves_the_pipe_leaves_no_trace_behind(tiny_model):
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
     assert process.wait(60) is not None
+
+
+def test_other_data_in_the_same_folder_is_refused(jsonl, tmp_path):
+    shape = "--context 64 --vocab-size 320 --width 32 --layers 1 --heads 4 --kv-heads 2 --mlp-width 64".split()
+    command = ["train", "--out", tmp_path / "run", *shape, "--rows-per-step", 2, "--max-steps", 1, "--device", "cpu"]
+    first = taleloom(*command, "--dataset", jsonl)
+    assert first.exit_code == 0, first.stderr
+    (tmp_path / "other.jsonl").write_text('{"text": "Another story."}\n')
+    done = taleloom(*command, "--dataset", tmp_path / "other.jsonl")
+    assert done.exit_code == 1 and "other data or settings" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--rows-per-step", "--rows-per-pass", "--heads", "--max-steps", "--context"])
+def test_training_numbers_are_checked(jsonl, tmp_path, option):
+    done = taleloom("train", "--dataset", jsonl, "--out", tmp_path / "run", option, "0")
+    assert done.exit_code == 2 and option in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_the_app_serves_at_once_and_ends_with_its_process(tmp_path):
+    """On a desktop Streamlit would ask for an e-mail address first; and whoever stops the app stops the server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "HOME": str(tmp_path), "DISPLAY": ":0", "TALELOOM_HOME": str(tmp_path / "taleloom")}
+    command = [sys.executable, "-m", "model.cli", "app", "--port", str(port), "--address", "127.0.0.1"]
+    app = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def healthy():
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1).status == 200
+        except OSError:
+            return False
+
+    try:
+        deadline_s = time.monotonic() + 30
+        while not healthy():
+            assert app.poll() is None and time.monotonic() < deadline_s
+            time.sleep(0.2)
+    finally:
+        app.terminate()
+        app.wait(20)
+    assert not healthy()

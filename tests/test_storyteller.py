@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -54,21 +55,66 @@ def test_a_drawn_seed_is_shown_and_tells_the_story_again(storyteller):
     assert story.params.seed is not None and again.text == story.text
 
 
-def test_stop_keeps_the_text(storyteller):
-    story = storyteller.tell("Ben", SamplingParams(max_tokens=4000, seed=1), mode="opening")
+@pytest.fixture
+def endless(tiny_model):
+    """A storyteller that never writes its end token, a step every few milliseconds."""
+    with Storyteller.load(str(tiny_model), device="cpu") as storyteller:
+        storyteller.engine._eos_id = -1
+        yield lambda **settings: storyteller.tell(
+            "Ben", SamplingParams(max_tokens=4000, seed=1), mode="opening", pace=200, **settings
+        )
+
+
+def test_stop_keeps_the_text(endless):
+    story = endless()
     next(iter(story))
     story.stop()
     story.stop()
     assert story.wait(10)
-    assert story.finish_reason in ("cancelled", "stop") and story.text.startswith("Ben") and story.continuation
+    assert story.finish_reason == "cancelled" and story.text.startswith("Ben") and story.continuation
+    with pytest.raises(InputError, match="length limit"):
+        story.extend(10)
 
 
-def test_leaving_the_iterator_stops_the_story(storyteller):
-    story = storyteller.tell("Ben", SamplingParams(max_tokens=4000, seed=3, repetition_penalty=1.0), mode="opening")
+def test_leaving_the_iterator_stops_the_story(endless):
+    story = endless()
     for _ in story:
         break
     gc.collect()
-    assert story.wait(10) and story.n_tokens < 4000
+    assert story.wait(10) and story.finish_reason == "cancelled"
+
+
+def test_two_readers_who_press_continue_continue_once(storyteller):
+    """Twice in the engine, a story's second copy lost its slot and the kernels read beyond their arrays."""
+    for _ in range(20):
+        story = storyteller.tell("Ben", replace(PARAMS, max_tokens=5), mode="opening")
+        story.wait(30)
+        barrier, refused = threading.Barrier(4), []
+
+        def press(story=story, barrier=barrier, refused=refused):
+            barrier.wait()
+            try:
+                story.extend(5)
+            except InputError as error:
+                refused.append(error)
+
+        presses = [threading.Thread(target=press) for _ in range(4)]
+        for thread in presses:
+            thread.start()
+        for thread in presses:
+            thread.join()
+        assert story.wait(30) and story.finish_reason == "length"
+        assert len(refused) + (story.n_tokens - 5) // 5 == 4
+
+
+def test_an_iterator_that_ended_leaves_a_continued_story_alone(storyteller):
+    story = storyteller.tell("Ben", replace(PARAMS, max_tokens=5), mode="opening")
+    pieces = iter(story)
+    while story.finish_reason is None or next(pieces, None) is not None:
+        pass
+    story.extend(5)
+    assert next(pieces, None) is None
+    assert story.wait(30) and story.finish_reason == "length" and story.n_tokens == 10
 
 
 def test_extend_goes_on_at_the_length_limit_only(storyteller):
@@ -80,26 +126,19 @@ def test_extend_goes_on_at_the_length_limit_only(storyteller):
     whole = storyteller.tell("Ben", PARAMS, mode="opening")
     whole.wait(30)
     assert story.text == whole.text
-    story.stop()
-    stopped = storyteller.tell("Ben", SamplingParams(max_tokens=4000, seed=1), mode="opening")
-    stopped.stop()
-    stopped.wait(10)
-    if stopped.finish_reason != "length":
-        with pytest.raises(InputError, match="length limit"):
-            stopped.extend(10)
 
 
-def test_one_visitor_may_run_a_limited_number(tiny_model):
-    with Storyteller.load(str(tiny_model), device="cpu") as storyteller:
-        storyteller.max_running_per_visitor = 1
-        long = SamplingParams(max_tokens=4000, seed=1)
-        first = storyteller.tell("Ben", long, mode="opening", visitor="me")
-        with pytest.raises(BusyError, match="still being told"):
-            storyteller.tell("Ben", long, mode="opening", visitor="me")
-        storyteller.tell("Ben", long, mode="opening", visitor="you").stop()
-        first.stop()
-        first.wait(10)
-        storyteller.tell("Ben", long, mode="opening", visitor="me").stop()
+def test_one_visitor_may_run_a_limited_number(endless):
+    first = endless(visitor="me")
+    storyteller = first._storyteller
+    storyteller.max_running_per_visitor = 1
+    with pytest.raises(BusyError, match="still being told"):
+        endless(visitor="me")
+    endless(visitor="you")
+    first.stop()
+    first.wait(10)
+    endless(visitor="me")
+    storyteller.close()
     with pytest.raises(EngineError):
         storyteller.tell("Ben", mode="opening")
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from model.checkpoint import weight_files
 from model.config import ModelConfig, SamplingParams
 from model.engine.cpu_kernels import forward
 from model.engine.request import Request
 from model.errors import ModelError
+
+NUMPY_TYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -33,12 +34,17 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     weights = {}
     for file in weight_files(folder):
         try:
-            weights.update(safetensors.numpy.load_file(file))
+            tensors = safetensors.deserialize(file.read_bytes())
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
-        except (KeyError, TypeError) as error:
-            raise ModelError(f"{file} is stored as {error}, which the CPU path cannot read. Use float16.") from error
-    return {name: weight.astype(np.float32) for name, weight in weights.items()}
+        for name, tensor in tensors:
+            if (kind := tensor["dtype"]) not in NUMPY_TYPES:
+                raise ModelError(f"{file} holds {name} as {kind}. Taleloom reads {', '.join(NUMPY_TYPES)}.")
+            weight = np.frombuffer(tensor["data"], NUMPY_TYPES[kind]).reshape(tensor["shape"])
+            if kind == "BF16":  # the upper half of a float32, which numpy has no type for
+                weight = (weight.astype(np.uint32) << 16).view(np.float32)
+            weights[name] = weight.astype(np.float32)
+    return weights
 
 
 def pack_weights(config: ModelConfig, weights: dict[str, np.ndarray], int8: bool) -> tuple[Any, ...]:
@@ -120,20 +126,28 @@ def pick_token(logits_v: np.ndarray, seen_v: np.ndarray, params: SamplingParams,
 class CpuBackend:
     """Cache and forward passes for `n_slots` stories; a story is the same to the bit whoever shares its steps."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray], n_slots: int, int8: bool = True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, np.ndarray],
+        n_slots: int,
+        n_ids: int | None = None,
+        int8: bool = True,
+    ):
         self.context = config.max_position_embeddings
+        self._n_ids = n_ids or config.vocab_size  # tokens that stand for text; some models are padded beyond them
         self._weights = pack_weights(config, weights, int8)
         shape = (config.num_hidden_layers, n_slots, config.num_key_value_heads, self.context, config.head_dim)
         self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         # For the repetition penalty: which tokens stand in each slot's story.
-        self._seen_bv = np.zeros((n_slots, config.vocab_size), np.bool_)
+        self._seen_bv = np.zeros((n_slots, self._n_ids), np.bool_)
         self._forward([0], [0], [0], [0])  # compiles the kernels, or takes them from their cache
 
     def _forward(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], last: Sequence[int]
     ) -> np.ndarray:
         arrays = (np.array(numbers, np.int64) for numbers in (tokens, slots, positions, last))
-        return forward(*arrays, self._keys, self._values, *self._weights)
+        return forward(*arrays, self._keys, self._values, *self._weights)[:, : self._n_ids]
 
     def prefill(self, request: Request, tokens: Sequence[int], start: int) -> np.ndarray:
         """Read `tokens` into the request's slot from position `start`; returns logits [1, v] after the last."""
@@ -148,6 +162,7 @@ class CpuBackend:
         """One step for stories that lack only their newest token in the cache; returns logits [b, v]."""
         tokens = [request.generated[-1] for request in requests]
         slots = [request.slot for request in requests if request.slot is not None]
+        assert len(slots) == len(tokens), "the kernels do not check bounds"
         self._seen_bv[slots, tokens] = True
         return self._forward(tokens, slots, [request.n_cached for request in requests], range(len(requests)))
 

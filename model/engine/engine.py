@@ -39,7 +39,7 @@ class Engine:
         self._backend, self._eos_id = backend, eos_id
         self._scheduler = Scheduler(n_slots, max_waiting)
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._retiring = False
         self._thread = threading.Thread(target=self._run, name="taleloom-engine", daemon=True)
         self._thread.start()
 
@@ -51,8 +51,8 @@ class Engine:
             EngineError: the engine was closed.
         """
         with self._changed:
-            if self._closing or not self._thread.is_alive():
-                raise EngineError("The storyteller is closed. Start the app again.")
+            if self._closing or self._retiring or not self._thread.is_alive():
+                raise EngineError("This storyteller is no longer here. Load it again.")
             self._scheduler.add(request)
             self._changed.notify()
 
@@ -74,12 +74,18 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
+    def retire(self) -> None:
+        """Accept nothing more; the thread ends when the last story has."""
+        with self._changed:
+            self._retiring = True
+            self._changed.notify()
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                while self._scheduler.is_idle and not self._closing:
+                while self._scheduler.is_idle and not self._closing and not self._retiring:
                     self._changed.wait()
-                closing = self._closing
+                closing = self._closing or self._scheduler.is_idle
                 everyone = [*self._scheduler.running, *self._scheduler.waiting]
             for request in everyone:
                 if closing or request.cancelled.is_set():

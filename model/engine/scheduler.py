@@ -21,6 +21,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
+        assert request not in self.running and request not in self.waiting, "a request is queued once"
         if len(self.waiting) >= self._max_waiting:
             raise BusyError(f"{len(self.waiting)} stories are waiting already. Try again in a minute.")
         self.waiting.append(request)

@@ -16,13 +16,14 @@ from model.sampling import sample
 class TorchBackend:
     """Cache and forward passes for `n_slots` stories at once."""
 
-    def __init__(self, decoder: Decoder, n_slots: int):
+    def __init__(self, decoder: Decoder, n_slots: int, n_ids: int | None = None):
         self.decoder = decoder.eval()
         self.device = decoder.lm_head.weight.device
         self.context = decoder.config.max_position_embeddings
         self.cache = KVCache(decoder.config, n_slots, self.device)
+        self._n_ids = n_ids or decoder.config.vocab_size  # tokens that stand for text; some models are padded
         # For the repetition penalty: which tokens stand in each slot's story.
-        self._seen_bv = torch.zeros(n_slots, decoder.config.vocab_size, dtype=torch.bool, device=self.device)
+        self._seen_bv = torch.zeros(n_slots, self._n_ids, dtype=torch.bool, device=self.device)
 
     @torch.inference_mode()
     def prefill(self, request: Request, tokens: Sequence[int], start: int) -> Tensor:
@@ -48,7 +49,7 @@ class TorchBackend:
         params = [request.params for request in requests]
         slots = [request.slot for request in requests if request.slot is not None]
         ids_b = sample(
-            logits_bv,
+            logits_bv[:, : self._n_ids],
             self._seen_bv[slots],
             temperature=[p.temperature for p in params],
             top_k=[p.top_k for p in params],

@@ -47,7 +47,7 @@ def bits_per_byte(
             window = tokens[start : start + context + 1]
             windows.append((window, done - start))
             done = start + len(window) - 1
-    windows.sort(key=lambda window: len(window[0]))
+    windows.sort(key=lambda window: -len(window[0]))  # longest first, so the first of a pass tells its size
     nats, n_tokens, n_done = 0.0, 0, 0
     while n_done < len(windows):
         size = max(1, tokens_per_pass // len(windows[n_done][0]))

@@ -20,7 +20,7 @@ from model.config import user_home
 from model.errors import InputError, ModelError, TaleloomError
 
 Kind = Literal["model", "dataset"]
-MAX_BYTES = {"model": 2_000_000_000, "dataset": 8_000_000_000}  # what a laptop can tell stories with, or train on
+MAX_BYTES = {"model": 300_000_000, "dataset": 8_000_000_000}  # what a laptop can tell stories with, or train on
 LOOKUP_TIMEOUT_S = 10.0
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REQUIRED_FILES = ("config.json", "tokenizer.model")
@@ -30,19 +30,20 @@ OPTIONAL_FILES = (
 NOT_STORIES = re.compile(r"(?i)(?<![a-z])(?:valid|validation|val|dev|test|eval|readme|license|requirements)(?![a-z])")
 
 
-def pull_model(spec: str, progress: Callable[[str], None]) -> Path:
+def pull_model(spec: str, progress: Callable[[str], None], use_token: bool = True) -> Path:
     """The folder of the Hub's storyteller `spec`: owner/name or owner/name@revision. Downloads what is not there.
 
     A commit that is in the cache is used without asking the Hub; so is a branch or tag when the Hub is out of reach.
 
     Args:
         progress: gets short sentences for the reader, possibly from another thread.
+        use_token: log in with this computer's token, for private repositories; not on behalf of strangers.
 
     Raises:
         ModelError: no such repository or revision, no access, not a storyteller Taleloom can open, too large, no
             network, an interrupted download or no room for it. The message says what to do.
     """
-    return _pull("model", spec, choose_model_files, progress)[0].parent
+    return _pull("model", spec, choose_model_files, progress, None if use_token else False)[0].parent
 
 
 def pull_dataset(repo_id: str, progress: Callable[[str], None] = lambda _: None) -> list[Path]:
@@ -94,7 +95,11 @@ def choose_training_files(names: Iterable[str]) -> list[str]:
 
 
 def _pull(
-    kind: Kind, spec: str, choose: Callable[[Iterable[str]], list[str]], progress: Callable[[str], None]
+    kind: Kind,
+    spec: str,
+    choose: Callable[[Iterable[str]], list[str]],
+    progress: Callable[[str], None],
+    token: Literal[False] | None = None,
 ) -> list[Path]:
     """Download what `choose` picks from the repository's file names, in that order."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -112,7 +117,7 @@ def _pull(
     progress(f"Looking for {repo} on the Hub ...")
     try:
         look_up = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        info = look_up(repo, revision=revision, files_metadata=True, timeout=LOOKUP_TIMEOUT_S)
+        info = look_up(repo, revision=revision, files_metadata=True, timeout=LOOKUP_TIMEOUT_S, token=token)
         if not COMMIT.fullmatch(commit := info.sha or ""):
             raise ValueError("no commit in the answer")
     except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
@@ -132,7 +137,9 @@ def _pull(
     try:
         for name in names:
             bar: Any = _bar_class(name, progress)
-            path = hf_hub_download(repo, name, repo_type=kind, revision=commit, cache_dir=cache, tqdm_class=bar)
+            path = hf_hub_download(
+                repo, name, repo_type=kind, revision=commit, cache_dir=cache, tqdm_class=bar, token=token
+            )
             paths.append(Path(path))
             if name == "config.json":
                 read_config(paths[-1].parent)  # refuses another kind of model before its weights come

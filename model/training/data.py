@@ -77,18 +77,19 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{path}, line {number} is no JSON: {error}") from error
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise InputError(f"{path}, line {number} has no 'text'.")
-                yield row
+                yield _checked(row, f"{path}, line {number}")
     elif path.suffix == ".txt":
         for text in path.read_text(encoding="utf-8", errors="replace").split("<|endoftext|>"):
-            yield {"text": text}
+            if text.strip():
+                yield {"text": text.strip()}
     elif path.suffix == ".parquet":
         try:
             import pyarrow
@@ -96,20 +97,29 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         except ImportError as error:
             raise InputError("Reading Parquet needs pyarrow (it comes with Streamlit): pip install pyarrow.") from error
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path} cannot be read as Parquet with a column 'text': {error}") from error
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    yield _checked(row, f"A row of {path}")
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path} cannot be read as Parquet: {error}") from error
     else:
         raise InputError(f"{path.name} is of a kind Taleloom cannot read. Use .jsonl, .txt or .parquet.")
 
 
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    """A row with a usable text; raises InputError naming `where` it stands otherwise."""
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f"{where} has no 'text'.")
+    row["text"] = row["text"].encode(errors="replace").decode()  # half a surrogate pair cannot be tokenised
+    return row
+
+
 def resolve_sources(
-    datasets: Iterable[str], root: Path | None = None, progress: Callable[[str], None] = lambda _: None
+    datasets: Iterable[str], pull: Callable[[str], list[Path]], root: Path | None = None
 ) -> list[tuple[Source, list[Path]]]:
     """Turn each `--dataset` (a file, a .toml recipe or a Hub dataset id) into sources with their files.
 
-    A recipe's paths are relative to `root`, or to the recipe's folder. `progress` hears of downloads.
+    `pull` fetches a data set from the Hub. A recipe's paths are relative to `root`, or to the recipe's folder.
     """
     resolved: list[tuple[Source, list[Path]]] = []
     for dataset in datasets:
@@ -120,9 +130,7 @@ def resolve_sources(
         elif path.exists() or path.suffix in (".jsonl", ".txt", ".parquet"):
             resolved.append((Source(dataset), [path]))
         else:
-            from model.hub.pull import pull_dataset
-
-            resolved.append((Source(dataset), pull_dataset(dataset, progress)))
+            resolved.append((Source(dataset), pull(dataset)))
     return resolved
 
 
@@ -193,10 +201,12 @@ def prepare(
     vocab_size: int = 4096,
     tokenizer: Tokenizer | None = None,
     seed: int = 1,
+    asked: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write tokenizer.model, rows.bin, heldout.jsonl and data.json into `out`; return what data.json says.
 
     Without a tokenizer one is trained on the stories, each source as often as the mix reads it (up to 4 times).
+    `asked` is what the caller was asked for; it is kept, so that the next run can tell whether it wants the same.
 
     Raises:
         InputError: no usable story in the files.
@@ -213,7 +223,7 @@ def prepare(
             if not source.wants(row):
                 continue
             n_read += 1
-            text = clean(row["text"])
+            text = clean(row.pop("text"))
             if UNSUITABLE.search(text):
                 n_unsuitable += 1
             elif text and is_held_out(text):
@@ -265,7 +275,14 @@ def prepare(
                 n_rows += 1
     write_atomically(out / "tokenizer.model", tokenizer.serialized)
     write_atomically(out / "heldout.jsonl", "".join(json.dumps(row) + "\n" for row in held_out))
-    summary = {"context": context, "rows": n_rows, "tokens": n_tokens, "held_out": len(held_out), "sources": counts}
+    summary = {
+        "asked": asked,
+        "context": context,
+        "rows": n_rows,
+        "tokens": n_tokens,
+        "held_out": len(held_out),
+        "sources": counts,
+    }
     write_atomically(out / "data.json", json.dumps(summary, indent=2))
     return summary
 

@@ -78,7 +78,7 @@ class TrainingRun:
             started = time.perf_counter()
             scale = self.config.lr_scale(self.step, self.n_steps)
             loss, grad_norm = self._gradients()
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise TaleloomError(
                     f"The loss at step {self.step} is not a number. Resume with a lower learning rate; "
                     "the last checkpoint is good."
@@ -148,7 +148,9 @@ class TrainingRun:
 
     def _identity(self) -> dict[str, str]:
         """What must not change between a checkpoint and its resumption."""
-        fixed = dataclasses.replace(self.config, rows_per_pass=1, eval_every=1, save_every=1)
+        # The rates may change: that is how a run that diverged is rescued.
+        free = dict.fromkeys(("rows_per_pass", "eval_every", "save_every"), 1)
+        fixed = dataclasses.replace(self.config, **free, muon_lr=0.0, adamw_lr=0.0)
         return {
             "model": json.dumps(dataclasses.asdict(self.decoder.config)),
             "training": json.dumps(dataclasses.asdict(fixed)),

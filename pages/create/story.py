@@ -84,9 +84,7 @@ def awake() -> WeakValueDictionary[str | None, Storyteller]:
     return WeakValueDictionary()
 
 
-@st.cache_resource(show_spinner="The storyteller is waking up …", max_entries=3, on_release=Storyteller.close)
-def storyteller_of(model: str | None) -> Storyteller:
-    """One storyteller for all visitors; None is the one this app was started with."""
+def wake(model: str | None) -> Storyteller:
     # Visitors name a model of the Hub or of this app's own; a path would let them look around the server's disk.
     storyteller = (
         Storyteller.load(DEFAULT_MODEL, DEVICE) if model is None else Storyteller.load(model, DEVICE, folders=False)
@@ -94,6 +92,22 @@ def storyteller_of(model: str | None) -> Storyteller:
     storyteller.max_running_per_visitor = MAX_RUNNING_PER_VISITOR
     awake()[model] = storyteller
     return storyteller
+
+
+@st.cache_resource(show_spinner="The storyteller is waking up …", on_release=Storyteller.close)
+def first_storyteller() -> Storyteller:
+    return wake(None)
+
+
+# A visitor who loads a third one must not end the stories of another: the one that goes tells its stories to the end.
+@st.cache_resource(show_spinner="The storyteller is waking up …", max_entries=2, on_release=Storyteller.retire)
+def chosen_storyteller(model: str) -> Storyteller:
+    return wake(model)
+
+
+def storyteller_of(model: str | None) -> Storyteller:
+    """One storyteller for all visitors; None is the one this app was started with."""
+    return first_storyteller() if model is None else chosen_storyteller(model)
 
 
 def literally(text: str) -> str:
@@ -156,13 +170,16 @@ def guarded(action: Callable[[], None]) -> None:
 
 
 def tell(prompt: str, mode: Mode | None, params: SamplingParams) -> None:
-    """Begin a story and put its id in the URL. The one shown until now is stopped: nobody would see it grow."""
+    """Begin a story and put its id in the URL.
+
+    The visitor's own one that was shown until now is stopped then: nobody would see it grow.
+    """
     shown = current_story()
-    if shown is not None:
-        shown.stop()
-        shown.wait(1.0)
     pace = READING_PACE if st.session_state.read_along else None
     story = storyteller_of(st.session_state.model).tell(prompt, params, mode, visitor(), pace)
+    if shown is not None and shown.visitor == story.visitor:
+        shown.stop()
+        shown.wait(1.0)  # until then it still holds one of the visitor's places
     st.session_state.story = story
     st.query_params["story"] = story.id
 
@@ -173,7 +190,7 @@ def typed_params() -> SamplingParams:
 
 
 def tell_typed() -> None:
-    guarded(lambda: tell(st.session_state.prompt, WAYS[st.session_state.way], typed_params()))
+    guarded(lambda: tell(st.session_state.prompt, WAYS[st.session_state.get("way", "Auto")], typed_params()))
 
 
 def tell_example(example: str, mode: Mode) -> None:
@@ -328,7 +345,8 @@ def page_html(story: Story) -> str:
 
     def span(text: str, kind: str) -> str:
         between = f'</span></p><p><span class="{kind}">'
-        lines = re.split(r"[ \t]*\n\s*", html.escape(text))
+        first, *others = html.escape(text).split("\n")
+        lines = [first.rstrip(), *(line.strip() for line in others if line.strip())] if others else [first]
         return f'<span class="{kind}">{between.join(lines)}</span>'
 
     running = not story.is_done

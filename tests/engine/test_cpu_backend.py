@@ -9,11 +9,12 @@ import threading
 import numba
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from model.config import ModelConfig, SamplingParams
 from model.decoder import Decoder
-from model.engine.cpu_backend import CpuBackend, pick_token, quantise
+from model.engine.cpu_backend import CpuBackend, pick_token, quantise, read_weights
 from model.engine.engine import Engine
 from model.engine.request import Request, uniform_noise
 from model.errors import ModelError
@@ -148,6 +149,28 @@ def test_the_token_picked_is_that_of_the_torch_sampler():
             noise=[noise],
         )
         assert pick_token(logits_v, seen_v, params, noise) == expected.item(), params
+
+
+def test_a_padded_model_never_writes_a_token_without_text(tiny_config):
+    decoder = make_decoder(tiny_config)
+    backend = CpuBackend(tiny_config, numpy_weights(decoder), n_slots=1, n_ids=250)
+    assert backend._forward([1], [0], [0], [0]).shape == (1, 250)
+    params = SamplingParams(max_tokens=50, temperature=5.0, top_p=1.0, min_p=0.0, seed=1)
+    request, done = Request([1], params, 1, lambda token: None, lambda reason, error: done.set()), threading.Event()
+    engine = Engine(backend, eos_id=-1, n_slots=1)
+    engine.submit(request)
+    assert done.wait(30) and len(request.generated) == 50 and max(request.generated) < 250
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_float_type_of_the_hub_is_read(tiny_decoder, tmp_path, dtype):
+    state = {name: weight.to(dtype) for name, weight in tiny_decoder.state_dict().items() if name != "lm_head.weight"}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    weights = read_weights(tmp_path)
+    assert set(weights) == set(state)
+    for name, weight in state.items():
+        assert np.array_equal(weights[name], weight.float().numpy())
 
 
 @pytest.mark.parametrize("change", ["missing", "reshaped"])

@@ -34,6 +34,16 @@ def test_it_is_the_sum_over_stories_scored_alone(tiny_decoder, tokenizer, storie
     assert scores["perplexity"] == pytest.approx(2 ** (expected / scores["tokens"]), rel=1e-3)
 
 
+def test_one_empty_story_does_not_put_thousands_into_one_pass(tiny_decoder, tokenizer, stories, monkeypatch):
+    sizes = []
+    forward = tiny_decoder.forward
+    monkeypatch.setattr(
+        tiny_decoder, "forward", lambda tokens_bt: sizes.append(tokens_bt.numel()) or forward(tokens_bt)
+    )
+    bits_per_byte(tiny_decoder, tokenizer, ["", *stories[:100]], tokens_per_pass=500)
+    assert max(sizes) <= 500
+
+
 def test_no_text_is_refused(tiny_decoder, tokenizer):
     with pytest.raises(InputError, match="no text"):
         bits_per_byte(tiny_decoder, tokenizer, ["", ""])

@@ -347,7 +347,7 @@ def test_a_data_set_gives_its_training_stories(hub: Any) -> None:
         kind="datasets",
     )
     assert [p.read_bytes() for p in pull_dataset("someone/stories")] == [b"one", b"two"]
-    [(source, paths)] = resolve_sources(["someone/plain"])
+    [(source, paths)] = resolve_sources(["someone/plain"], pull_dataset)
     assert source.path == "someone/plain"
     assert [path.name for path in paths] == ["a.txt", "b.jsonl", "latest.jsonl"]
     assert [row["text"] for path in paths for row in read_rows(path)] == ["Once.", *["Mia found a key."] * 2]

@@ -221,6 +221,28 @@ def test_telling_anew_stops_the_story_that_was_shown(app):
         press(app, "Stop")
 
 
+def test_a_prompt_that_cannot_be_told_leaves_the_running_story_alone(app):
+    with patch.object(Engine, "_decode", slow(Engine._decode)):
+        app.text_area(key="prompt").set_value("a cat")
+        press(app, "Tell the story")
+        app.text_area(key="prompt").set_value(" ")
+        press(app, "Tell the story")
+        assert "prompt is empty" in app.error[0].value and "Stop" in labels(app)
+        press(app, "Stop")
+
+
+def test_a_shared_story_goes_on_when_its_guest_asks_for_another(app):
+    with patch.object(Engine, "_decode", slow(Engine._decode)):
+        app.text_area(key="prompt").set_value("a cat")
+        press(app, "Tell the story")
+        shared = app.session_state["story"]
+        guest = opened(shared.id)
+        press(guest, "Tell the story")
+        assert guest.session_state["story"] is not shared and not shared.is_done
+        shared.stop()
+        guest.session_state["story"].stop()
+
+
 def test_a_visitor_is_the_same_after_a_reload():
     """The XSRF cookie is masked anew for every response; only what is under the mask stays."""
     visitors = []
@@ -282,6 +304,14 @@ def test_a_storyteller_without_ideas_offers_openings_only():
         assert "Once upon a time, a fox found a key" in labels(app)
         assert "a dragon who is afraid of fire" not in labels(app)
         assert "Read as an opening" in ask(app, "a dragon who is afraid of fire")
+
+
+def test_a_change_to_a_storyteller_without_ideas_keeps_the_form_working(app):
+    """The switch is not drawn then, and Streamlit forgets the values of widgets that are not drawn."""
+    app.button_group(key="way").set_value("An idea").run()
+    with patch.object(Storyteller, "knows_ideas", False):
+        app.run()
+        assert "Read as an opening" in ask(app, "Once there was a fox")
 
 
 @pytest.mark.parametrize("path", ["/tmp", "../weights", "~", "weights", "model", "."])

@@ -66,7 +66,7 @@ def test_ideas_come_from_what_a_row_has():
     assert idea_for({"prompt": "a lost kite", "kind": "idea"}, story, random.Random(1)) == "a lost kite"
     assert idea_for({"prompt": "Tell the tale called `Sky Pirates`."}, story, rng) == "Sky Pirates"
     fable = "Create a fable\n- Main Character: a empathetic ladybug\n- Setting: a farmland where our story unfolds"
-    assert idea_for({"prompt": fable}, story, rng).startswith("an empathetic ladybug") or "ladybug" in fable
+    assert idea_for({"prompt": fable}, story, rng).startswith("an empathetic ladybug")
     assert {idea_for({}, story, random.Random(seed)) for seed in range(50)} >= {"a little girl named Lily"}
     assert hero(story) == "a little girl named Lily"
     assert key_words(story, 3) == ["kite"]
@@ -118,13 +118,23 @@ def test_every_kind_of_file_is_read(tmp_path):
         ("a.toml", "[[source]]\nepochz = 1\n", "cannot be used"),
         ("a.toml", "", "names no"),
         ("a.parquet", "not parquet", "cannot be read"),
+        ("a.jsonl", '{"text": null}\n', "line 1 has no 'text'"),
+        ("a.jsonl", "[" * 100_000, "line 1 is no JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(InputError, match=words):
-        prepare(resolve_sources([str(path)]), tmp_path / "data", 64, 320)
+        prepare(resolve_sources([str(path)], pull=lambda repo: []), tmp_path / "data", 64, 320)
+
+
+def test_odd_bytes_and_blank_lines_lose_no_story(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n\n{"text": "half \\ud800 pair"}\n')
+    assert [row["text"] for row in read_rows(path)] == ["caf\ufffd", "half ? pair"]
+    (tmp_path / "a.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
+    assert [row["text"] for row in read_rows(tmp_path / "a.txt")] == ["One.", "Two."]
 
 
 def test_a_missing_file_and_half_prepared_data_are_named(tmp_path):
