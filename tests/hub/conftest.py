@@ -28,6 +28,7 @@ class StandInHub:
         self.commits: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}  # (kind, repo) -> commit -> files
         self.refs: dict[tuple[str, str], dict[str, str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range header
+        self.authorizations: set[str | None] = set()  # tokens that were sent
         self.gated: set[str] = set()
         self.cut: dict[str, str] = {}  # file -> "close" or "reset": break the connection half way through, once
         self.status = 200  # another one is the answer to everything
@@ -81,6 +82,7 @@ class StandInHub:
         if path == "/api/agent-harnesses":  # huggingface_hub's own question, once a process
             return self._send_json(handler, {"standardEnvVars": [], "harnesses": {}})
         self.requests.append((handler.command, path, handler.headers.get("Range")))
+        self.authorizations.add(handler.headers.get("Authorization"))
         if self.status != 200:
             return self._send(handler, self.status)
         if self.login_page:

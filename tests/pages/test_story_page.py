@@ -148,7 +148,7 @@ def test_a_newline_begins_a_paragraph(app):
 
 def test_markdown_in_a_message_is_shown_literally(app):
     """Messages may quote what somebody typed, and st.error reads markdown and LaTeX."""
-    with patch.object(Storyteller, "check_visitor", side_effect=BusyError("Wait for **x** and $y$ <b>")):
+    with patch.object(Storyteller, "_check_visitor", side_effect=BusyError("Wait for **x** and $y$ <b>")):
         app.text_area(key="prompt").set_value("a cat")
         press(app, "Tell the story")
     assert app.error[0].value == r"Wait for \*\*x\*\* and \$y\$ \<b\>"
