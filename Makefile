@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test soak lint clean
+.PHONY: run test soak bench lint clean
 
 run: $(VENV)/.installed
 	$(BIN)/taleloom app --port $(PORT)
@@ -14,6 +14,9 @@ test: $(VENV)/.with-tests
 
 soak: $(VENV)/.with-tests
 	$(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/.with-tests
+	$(BIN)/taleloom bench --peers
 
 lint: $(VENV)/.with-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

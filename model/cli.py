@@ -1,4 +1,4 @@
-"""`taleloom`: tell, evaluate, train, app. Thin: each command checks its input and calls the part that does the work."""
+"""The command `taleloom`. Thin: each subcommand checks its input and calls the part that does the work."""
 
 from __future__ import annotations
 
@@ -235,6 +235,25 @@ def train(
         run.run()
     if rank == 0:
         click.echo(f"The storyteller is in {out / 'model'}: taleloom tell 'a shy dragon' --model {out / 'model'}")
+
+
+@main.command()
+@MODEL
+@DEVICE
+@click.option("--peers", is_flag=True, help="Compare with transformers.generate on one thread (needs the test extras).")
+@JSON
+def bench(model: str | None, device: str, peers: bool, as_json: bool) -> None:
+    """Measure how fast stories are written on this machine."""
+    from model.bench import bench as measure
+
+    results = measure(model, device, peers, _progress)
+    if as_json:
+        click.echo(json.dumps(results))
+        return
+    for name, value in results.items():
+        shown = value if isinstance(value, dict) else {"": value}
+        for key, number in shown.items():
+            click.echo(f"{name:32}{key!s:>4} {number:,.1f}" if isinstance(number, float) else f"{name:36} {number}")
 
 
 @main.command()

@@ -285,6 +285,7 @@ class Storyteller:
         from model.engine.engine import Engine
 
         self.name, self.config, self.tokenizer, self.device = name, config, tokenizer, device
+        self.backend = backend
         self.engine = Engine(backend, tokenizer.eos_id, n_slots)
         self.max_running_per_visitor: int | None = None
         self._stories: dict[str, Story] = {}  # oldest first

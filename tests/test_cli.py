@@ -113,3 +113,15 @@ def test_the_app_serves_at_once_and_ends_with_its_process(tmp_path):
         app.terminate()
         app.wait(20)
     assert not healthy()
+
+
+def test_bench_prints_its_figures(tiny_model, monkeypatch):
+    from model import bench
+
+    monkeypatch.setattr(bench, "N_TOKENS", 5)
+    monkeypatch.setattr(bench, "N_ROUNDS", 1)
+    monkeypatch.setattr(bench, "PROMPT_LENGTHS", (16,))
+    results = json.loads(taleloom("bench", "--model", tiny_model, "--device", "cpu", "--json").stdout)
+    assert set(results["tokens_per_second"]) == {"1", "4", "16", "64"}
+    assert all(speed > 0 for speed in results["tokens_per_second"].values())
+    assert results["first_token_ms"]["16"] > 0 and results["peak_memory_mb"] > 10 and results["load_s"] > 0

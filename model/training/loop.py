@@ -57,6 +57,8 @@ class TrainingRun:
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if config.rows_per_step % self.n_processes:
             raise TaleloomError(
                 f"{config.rows_per_step} rows per step cannot be shared by {self.n_processes} processes."
