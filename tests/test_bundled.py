@@ -15,7 +15,10 @@ from model.storyteller import Storyteller
 from model.tokenizer import Tokenizer
 
 GOLDEN_PROMPT = "Once upon a time, there was a little"
-GOLDEN_TEXT = "@@GOLDEN@@"
+GOLDEN_TEXT = (
+    "Once upon a time, there was a little girl named Lily. She loved to play with her toys and eat "
+    "snacks. One day, she found a big, red ball in her yard. She was so happy and wanted to eat it.\n"
+)
 
 # Written for this test; a model that learned to tell stories predicts them well (an untrained one needs 3 bits).
 FRESH_STORIES = [
