@@ -163,7 +163,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.05
-    repetition_penalty: float = 1.05
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
     MAX_TOKENS_LIMIT = 4096
