@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 CHROMIUM = Path("/usr/bin/chromium")
 # A step of the engine takes at least 40 ms here: a fast machine would end a story before anybody could press Stop.
-UNHURRIED_APP = """
+# Not for the README's picture, which is to show what readers see.
+STEP_S = 0 if os.environ.get("TALELOOM_SCREENSHOT") else 0.04
+UNHURRIED_APP = f"""
 import sys, time
 from model.engine.engine import Engine
 from streamlit.web import cli
@@ -29,7 +31,7 @@ from streamlit.web import cli
 decode = Engine._decode
 
 def unhurried(engine, requests):
-    time.sleep(0.04)
+    time.sleep({STEP_S})
     decode(engine, requests)
 
 Engine._decode = unhurried
