@@ -143,7 +143,7 @@ def test_two_processes_agree_with_one(jsonl, tmp_path):
 def test_a_run_of_other_settings_is_not_continued(data, tiny_config, tmp_path):
     config = TrainingConfig(rows_per_step=4, rows_per_pass=4, max_steps=2)
     TrainingRun(tmp_path, data, tiny_config, config).run()
-    other = TrainingConfig(rows_per_step=4, rows_per_pass=4, max_steps=2, muon_lr=0.1)
+    other = TrainingConfig(rows_per_step=4, rows_per_pass=4, max_steps=2, weight_decay=0.5)
     with pytest.raises(ModelError, match="other settings"):
         TrainingRun(tmp_path, data, tiny_config, other).run()
 
