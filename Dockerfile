@@ -1,4 +1,4 @@
-# A Hugging Face Space (sdk: docker) or any other host: 2 CPU cores and 2 GB of memory are enough.
+# A Hugging Face Space (sdk: docker) or any other host. The app takes some 350 MB after its first story.
 FROM python:3.11-slim
 ARG TORCH_INDEX=""
 

@@ -132,7 +132,6 @@ def evaluate(data: Path, model: str | None, device: str, as_json: bool) -> None:
     "--context",
     type=WHOLE,
     default=SHAPE.max_position_embeddings,
-    show_default=True,
     help="Longest sequence, in tokens.",
 )
 @click.option("--width", type=WHOLE, default=SHAPE.hidden_size)
@@ -144,14 +143,12 @@ def evaluate(data: Path, model: str | None, device: str, as_json: bool) -> None:
     "--rows-per-step",
     type=WHOLE,
     default=TrainingConfig.rows_per_step,
-    show_default=True,
     help="Sequences behind one optimizer step.",
 )
 @click.option(
     "--rows-per-pass",
     type=WHOLE,
     default=TrainingConfig.rows_per_pass,
-    show_default=True,
     help="Sequences in memory at once.",
 )
 @click.option("--muon-lr", type=POSITIVE, default=TrainingConfig.muon_lr)
