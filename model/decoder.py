@@ -20,10 +20,10 @@ class CacheView(Protocol):
     """What attention needs of a KV cache for one forward pass over some of its rows (see engine/kv_cache.py)."""
 
     positions_bt: Tensor  # where each new token stands in its row
-    mask_b1ts: Tensor | None  # True where a query may look; None when every query may see all of s
+    mask_b1ts: Tensor  # added to the scores: 0 where a query may look, -inf elsewhere
 
-    def extend(self, layer: int, k_bgtk: Tensor, v_bgtk: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values; return all filled ones, [b, g, s, k] each."""
+    def extend(self, layer: int, new_bctk: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys, followed along the heads by the new values; return all filled ones, [b, g, s, k] each."""
 
 
 class RMSNorm(nn.Module):
@@ -86,7 +86,7 @@ class SoftmaxAttention(nn.Module):
         if cache is None:
             y_bhtk = F.scaled_dot_product_attention(q_bhtk, k_bgtk, v_bgtk, is_causal=True, enable_gqa=grouped)
         else:
-            k_bgsk, v_bgsk = cache.extend(self.layer, k_bgtk, v_bgtk)
+            k_bgsk, v_bgsk = cache.extend(self.layer, torch.cat([k_bgtk, v_bgtk], dim=1))
             y_bhtk = F.scaled_dot_product_attention(
                 q_bhtk, k_bgsk, v_bgsk, attn_mask=cache.mask_b1ts, enable_gqa=grouped
             )
@@ -180,7 +180,3 @@ class Decoder(nn.Module):
         stands, keeps its keys and values, and masks.
         """
         return self.lm_head(self.model(tokens_bt, cache))
-
-    def next_logits(self, tokens_bt: Tensor, cache: CacheView) -> Tensor:
-        """Logits [b, v] after the last token only: the head is a fifth of a small model's work."""
-        return self.lm_head(self.model(tokens_bt, cache)[:, -1])

@@ -24,7 +24,7 @@ from model.tokenizer import Tokenizer
 
 Mode = Literal["idea", "opening"]
 MAX_PROMPT_CHARACTERS = 20_000
-N_SLOTS = 16  # stories written at the same time
+N_SLOTS = 64  # stories written at the same time
 CUDA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "C:/Windows/System32/nvcuda.dll")
 N_REMEMBERED = 500  # stories that can be found again by their id
 TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})

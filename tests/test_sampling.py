@@ -7,14 +7,14 @@ import torch
 from transformers.generation import logits_process as hf
 
 from model.engine.request import uniform_noise
-from model.sampling import next_token_probabilities, penalise_repetition, pick, sample
+from model.sampling import draw, next_token_probabilities, penalise_repetition, sample, settle
 
 V = 50
 
 
 def probabilities(logits_bv, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Our distribution, put back in vocabulary order."""
-    columns = [torch.full((len(logits_bv),), float(x)) for x in (temperature, top_k, top_p, min_p)]
+    columns = [[x] * len(logits_bv) for x in (temperature, top_k, top_p, min_p)]
     sorted_bv, ids_bv = next_token_probabilities(logits_bv, *columns)
     return torch.zeros_like(sorted_bv).scatter(1, ids_bv, sorted_bv)
 
@@ -67,8 +67,7 @@ def test_samples_follow_the_distribution(logits_bv):
     logits_1v = logits_bv[:1, :8]
     n = 20_000
     noise_b = torch.tensor([uniform_noise(seed, 17) for seed in range(n)], dtype=torch.float64)
-    sorted_bv, ids_bv = next_token_probabilities(logits_1v, *(torch.tensor([x]) for x in (1.5, 0.0, 0.95, 0.0)))
-    drawn_b = pick(sorted_bv.expand(n, -1), ids_bv.expand(n, -1), noise_b)
+    drawn_b = draw(logits_1v.expand(n, -1), settle([1.5] * n, [0] * n, [0.95] * n, [0] * n, 8), noise_b)
     counts_v = torch.bincount(drawn_b, minlength=8).double()
     expected_v = probabilities(logits_1v, temperature=1.5, top_p=0.95)[0] * n
     kept = expected_v > 0
@@ -96,9 +95,37 @@ def test_every_row_has_its_own_settings(logits_bv):
 
 
 def test_noise_at_the_very_end_still_picks_a_kept_token(logits_bv):
-    sorted_bv, ids_bv = next_token_probabilities(logits_bv, *(torch.full((20,), x) for x in (1.0, 3.0, 1.0, 0.0)))
-    drawn_b = pick(sorted_bv, ids_bv, torch.full((20,), 1 - 2.0**-53, dtype=torch.float64))
-    assert torch.equal(drawn_b, ids_bv[:, 2])
+    settings = settle([1.0] * 20, [3] * 20, [1.0] * 20, [0.0] * 20, V)
+    drawn_b = draw(logits_bv, settings, torch.full((20,), 1 - 2.0**-53, dtype=torch.float64))
+    assert torch.equal(drawn_b, logits_bv.sort(descending=True).indices[:, 2])
+
+
+def test_a_token_without_probability_is_never_drawn():
+    """A tail that underflows to 0 is not what noise just under 1 may end up at."""
+    logits_bv = torch.tensor([[0.0, -2000.0, 1.0, -3000.0]])
+    drawn_b = draw(logits_bv, settle([1], [0], [1], [0], 4), torch.tensor([1 - 2.0**-53], dtype=torch.float64))
+    assert drawn_b.tolist() == [0]
+
+
+def test_equal_logits_rank_by_id():
+    logits_bv = torch.zeros(1, 8).expand(8, -1)
+    noise_b = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    assert draw(logits_bv, settle(*[[x] * 8 for x in (1, 0, 1, 0)], 8), noise_b).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_give_a_token_all_the_same(broken):
+    """A damaged model must not read past the end of a buffer."""
+    settings = settle([1, 0], [0, 5], [1, 0.9], [0, 0.5], V)
+    drawn_b = draw(torch.full((2, V), broken), settings, torch.full((2,), 0.99, dtype=torch.float64))
+    assert ((drawn_b >= 0) & (drawn_b < V)).all()
+
+
+def test_drawing_looks_at_no_value(logits_bv):
+    """A look would be a wait for the device; there are no values to look at on the meta device."""
+    settings = settle([0.7, 0], [0, 5], [0.9, 1], [0.05, 0], V)
+    on_meta = type(settings)(*(column_b.to("meta") for column_b in settings))
+    assert draw(logits_bv[:2].to("meta"), on_meta, torch.empty(2, dtype=torch.float64, device="meta")).shape == (2,)
 
 
 def test_noise_is_uniform_and_depends_on_seed_and_position_only():

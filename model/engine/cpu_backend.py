@@ -15,8 +15,8 @@ import safetensors
 
 from model.checkpoint import weight_files
 from model.config import ModelConfig, SamplingParams
-from model.engine.cpu_kernels import forward
-from model.engine.request import Request
+from model.engine.cpu_kernels import PANEL, forward, sample
+from model.engine.request import Feed, Request
 from model.errors import ModelError
 
 NUMPY_TYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
@@ -27,6 +27,26 @@ def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = (np.abs(weight).max(-1) / 127).astype(np.float32)
     scale[scale == 0] = 1
     return np.rint(weight / scale[..., None]).astype(np.int8), scale
+
+
+def pad(weight_lij: np.ndarray) -> np.ndarray:
+    """Zeros up to whole panels, in both directions."""
+    rows, columns = (-size % PANEL for size in weight_lij.shape[-2:])
+    return np.pad(weight_lij, ((0, 0), (0, rows), (0, columns)))
+
+
+def pack(weight_lij: np.ndarray, int8: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A padded matrix of every layer as the kernels read it (see cpu_kernels), and the scales of its rows [l, i]."""
+    layers, rows, columns = weight_lij.shape
+    scale_li = np.ones((layers, rows), np.float32)
+    quad = 1
+    if int8:
+        rounded, scale_li = quantise(weight_lij)
+        weight_lij, quad = rounded.view(np.uint8) ^ np.uint8(128), 4
+    elif np.array_equal(half := weight_lij.astype(np.float16), weight_lij):
+        weight_lij = half.view(np.uint16)  # nothing is lost, and half as much is read at each step
+    panels = weight_lij.reshape(layers, rows // PANEL, PANEL, columns // quad, quad)
+    return np.ascontiguousarray(panels.transpose(0, 1, 3, 2, 4)), scale_li
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
@@ -67,23 +87,24 @@ def pack_weights(config: ModelConfig, weights: dict[str, np.ndarray], int8: bool
             raise ModelError(f"The weights do not match config.json: {name} should be {shape} and is {found}.")
         return weight
 
-    def stack(*names: str) -> np.ndarray:
-        layers = range(config.num_hidden_layers)
-        return np.stack([np.concatenate([take(f"model.layers.{i}.{n}", shapes[n]) for n in names]) for i in layers])
+    def store(*parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return pack(np.concatenate([pad(part) for part in parts], -2), int8)
 
-    def store(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return quantise(weight) if int8 else (weight, np.ones(weight.shape[:-1], np.float32))
+    def stack(name: str) -> np.ndarray:
+        return np.stack([take(f"model.layers.{i}.{name}", shapes[name]) for i in range(config.num_hidden_layers)])
 
-    embed = store(take("model.embed_tokens", (config.vocab_size, d)))
-    head = embed if config.tie_word_embeddings else store(take("lm_head", (config.vocab_size, d)))
+    embed = store(take("model.embed_tokens", (config.vocab_size, d))[None])
+    head = embed if config.tie_word_embeddings else store(take("lm_head", (config.vocab_size, d))[None])
     inverse_frequency = config.rope_theta ** (-np.arange(0, k, 2) / k)
     angles_sk = np.outer(np.arange(config.max_position_embeddings), inverse_frequency)
+    qkv = np.concatenate([stack(f"self_attn.{name}_proj") for name in "qkv"], -2)
     return (
+        config.num_attention_heads,
         *embed,
         *head,
-        *store(stack("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        *store(qkv),
         *store(stack("self_attn.o_proj")),
-        *store(stack("mlp.gate_proj", "mlp.up_proj")),
+        *store(stack("mlp.gate_proj"), stack("mlp.up_proj")),
         *store(stack("mlp.down_proj")),
         stack("input_layernorm"),
         stack("post_attention_layernorm"),
@@ -91,40 +112,15 @@ def pack_weights(config: ModelConfig, weights: dict[str, np.ndarray], int8: bool
         np.float32(config.rms_norm_eps),
         np.cos(angles_sk).astype(np.float32),
         np.sin(angles_sk).astype(np.float32),
+        np.empty(0, np.int8 if int8 else np.float32),
+        np.empty(0, np.int32 if int8 else np.float32),
     )
-
-
-def pick_token(logits_v: np.ndarray, seen_v: np.ndarray, params: SamplingParams, noise: float) -> int:
-    """model.sampling.sample for one row in numpy: the same token, without sorting what min-p leaves out anyway."""
-    logits_v = logits_v.astype(np.float64)
-    if params.repetition_penalty != 1:
-        penalty = params.repetition_penalty
-        logits_v[seen_v] = np.where(logits_v[seen_v] > 0, logits_v[seen_v] / penalty, logits_v[seen_v] * penalty)
-    if params.temperature == 0:
-        return int(logits_v.argmax())
-    weights_v = np.exp((logits_v - logits_v.max()) / params.temperature)  # the likeliest token has weight 1
-    least = params.min_p * (1 - 1e-9)
-    if 0 < params.top_k < len(weights_v):
-        least = max(least, np.partition(weights_v, -params.top_k)[-params.top_k])
-    candidates = np.flatnonzero(weights_v >= least)
-    candidates = candidates[np.argsort(-logits_v[candidates], kind="stable")]
-    total = weights_v.sum()
-    if params.top_k:
-        candidates = candidates[: params.top_k]
-        if params.top_k < len(weights_v):
-            # min-p may have left out some of the k: they count in the total that top-p is a share of.
-            total = np.partition(weights_v, -params.top_k)[-params.top_k :].sum()
-    probabilities = weights_v[candidates] / total
-    keep = (probabilities.cumsum() - probabilities < params.top_p) | (params.top_p >= 1)
-    keep &= probabilities >= params.min_p * probabilities[0]
-    keep[0] = True
-    cumulative = probabilities[keep].cumsum()
-    place = np.searchsorted(cumulative, noise * cumulative[-1], side="right")
-    return int(candidates[keep][min(place, keep.sum() - 1)])
 
 
 class CpuBackend:
     """Cache and forward passes for `n_slots` stories; a story is the same to the bit whoever shares its steps."""
+
+    prefill_tokens = 128  # read in one step, some 5 ms: nobody's next word waits longer for another's prompt
 
     def __init__(
         self,
@@ -137,39 +133,64 @@ class CpuBackend:
         self.context = config.max_position_embeddings
         self._n_ids = n_ids or config.vocab_size  # tokens that stand for text; some models are padded beyond them
         self._weights = pack_weights(config, weights, int8)
-        shape = (config.num_hidden_layers, n_slots, config.num_key_value_heads, self.context, config.head_dim)
-        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        # For the repetition penalty: which tokens stand in each slot's story.
-        self._seen_bv = np.zeros((n_slots, self._n_ids), np.bool_)
-        self._forward([0], [0], [0], [0])  # compiles the kernels, or takes them from their cache
+        rows = (n_slots, config.num_hidden_layers, config.num_key_value_heads)
+        kind = np.uint16 if int8 else np.float32  # float16, which numba has no type for
+        self._keys = np.zeros((*rows, -(-self.context // PANEL), config.head_dim, PANEL), kind)
+        self._values = np.zeros((*rows, self.context, -(-config.head_dim // 32) * 32), kind)
+        # Compiles the kernels, or takes them from their cache; raises ModelError when the weights are no good.
+        self.step([Feed(Request([0], SamplingParams(seed=0), 0, lambda _: None, lambda *_: None, slot=0), [0])])
 
     def _forward(
         self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int], last: Sequence[int]
     ) -> np.ndarray:
         arrays = (np.array(numbers, np.int64) for numbers in (tokens, slots, positions, last))
-        return forward(*arrays, self._keys, self._values, *self._weights)[:, : self._n_ids]
+        return forward(*arrays, self._keys, self._values, *self._weights)
 
-    def prefill(self, request: Request, tokens: Sequence[int], start: int) -> np.ndarray:
-        """Read `tokens` into the request's slot from position `start`; returns logits [1, v] after the last."""
-        assert request.slot is not None
-        if start == 0:
-            self._seen_bv[request.slot] = False
-        self._seen_bv[request.slot, tokens] = True
+    def logits(self, tokens: Sequence[int], slot: int = 0, start: int = 0) -> np.ndarray:
+        """Read tokens into a slot from position `start` on; returns the logits [n, v] after each."""
         n = len(tokens)
-        return self._forward(tokens, [request.slot] * n, range(start, start + n), [n - 1])
+        return self._forward(tokens, [slot] * n, range(start, start + n), range(n))[:, : self._n_ids]
 
-    def decode(self, requests: Sequence[Request]) -> np.ndarray:
-        """One step for stories that lack only their newest token in the cache; returns logits [b, v]."""
-        tokens = [request.generated[-1] for request in requests]
-        slots = [request.slot for request in requests if request.slot is not None]
-        assert len(slots) == len(tokens), "the kernels do not check bounds"
-        self._seen_bv[slots, tokens] = True
-        return self._forward(tokens, slots, [request.n_cached for request in requests], range(len(requests)))
+    def step(self, feeds: Sequence[Feed]) -> list[int]:
+        """Read each story's tokens into its slot; returns the next token of those that want one, in order.
 
-    def sample(self, requests: Sequence[Request], logits_bv: np.ndarray) -> list[int]:
-        """The next token of each request, by its own settings and noise."""
-        slots = [request.slot for request in requests if request.slot is not None]
-        return [
-            pick_token(logits_v, self._seen_bv[slot], request.params, request.noise)
-            for request, slot, logits_v in zip(requests, slots, logits_bv, strict=True)
-        ]
+        Raises:
+            ModelError: the weights give no numbers.
+        """
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
+        for feed in feeds:
+            start, slot = feed.request.n_cached, feed.request.slot
+            assert slot is not None and start + len(feed.tokens) <= self.context, "the kernels do not check bounds"
+            tokens.extend(feed.tokens)
+            slots.extend([slot] * len(feed.tokens))
+            positions.extend(range(start, start + len(feed.tokens)))
+            if feed.wants_next:
+                last.append(len(tokens) - 1)
+        requests = [feed.request for feed in feeds if feed.wants_next]
+        params = [request.params for request in requests]
+        seen_ids: list[int] = []
+        seen_ends = []
+        for request in requests:
+            if request.params.repetition_penalty != 1:
+                seen_ids.extend(set(request.window))
+            seen_ends.append(len(seen_ids))
+        next_tokens = sample(
+            self._forward(tokens, slots, positions, last),
+            self._n_ids,
+            np.array(seen_ids, np.int64),
+            np.array(seen_ends, np.int64),
+            np.array([p.repetition_penalty for p in params]),
+            np.array([p.temperature for p in params]),
+            np.array([p.top_k for p in params], np.int64),
+            np.array([p.top_p for p in params]),
+            np.array([p.min_p for p in params]),
+            np.array([request.noise for request in requests]),
+        ).tolist()
+        if -1 in next_tokens:
+            raise ModelError(
+                "The model's weights give no numbers: they are damaged, or were never trained. Choose another."
+            )
+        return next_tokens

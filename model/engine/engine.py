@@ -1,8 +1,8 @@
 """The engine: one thread that steps every running story, so any number of readers share one model.
 
-Between two steps stories join and leave. A long prompt is read in chunks between decode steps, so that nobody waits
-for it. A story can be given a pace: what its reader could not follow anyway is time for others. An exception in a step
-ends the stories of that step with its message; the thread lives on.
+Between two steps stories join and leave. Prompts are read in bounded pieces between decode steps, so that nobody waits
+for a long one. A story can be given a pace: what its reader could not follow anyway is time for others. An exception in
+a step ends the stories that cause it with its message; the thread lives on.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from model.engine.request import FinishReason, Request
+from model.engine.request import Feed, FinishReason, Request
 from model.engine.scheduler import Scheduler
 from model.errors import EngineError
 
 log = logging.getLogger(__name__)
-PREFILL_CHUNK = 128  # prompt tokens read between two decode steps
 PACE_SLACK_S = 0.005  # stories due within this time share a step
 
 
 class Backend(Protocol):
-    """What runs the model; logits are the backend's own kind of array."""
+    """What runs the model."""
 
     context: int
+    prefill_tokens: int  # prompt tokens read in one step at most, over all its stories
 
-    def prefill(self, request: Request, tokens: Sequence[int], start: int) -> Any: ...
-    def decode(self, requests: Sequence[Request]) -> Any: ...
-    def sample(self, requests: Sequence[Request], logits_bv: Any) -> list[int]: ...
+    def step(self, feeds: Sequence[Feed]) -> list[int]:
+        """Read each story's tokens into its slot; return the next token of those that want one, in order."""
 
 
 class Engine:
@@ -37,9 +36,13 @@ class Engine:
 
     def __init__(self, backend: Backend, eos_id: int, n_slots: int, max_waiting: int = 64):
         self._backend, self._eos_id = backend, eos_id
-        self._scheduler = Scheduler(n_slots, max_waiting)
+        self._n_slots, self._max_waiting = n_slots, max_waiting
         self._changed = threading.Condition()
         self._closing = self._retiring = False
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        self._scheduler = Scheduler(self._n_slots, self._max_waiting)
         self._thread = threading.Thread(target=self._run, name="taleloom-engine", daemon=True)
         self._thread.start()
 
@@ -51,7 +54,7 @@ class Engine:
             EngineError: the engine was closed.
         """
         with self._changed:
-            if self._closing or self._retiring or not self._thread.is_alive():
+            if self._closing or self._retiring:
                 raise EngineError("This storyteller is no longer here. Load it again.")
             self._scheduler.add(request)
             self._changed.notify()
@@ -81,6 +84,18 @@ class Engine:
             self._changed.notify()
 
     def _run(self) -> None:
+        """The thread: should it ever die of a fault of ours, its stories are told so and another takes over."""
+        try:
+            self._loop()
+        except BaseException as error:
+            log.exception("the engine's thread died")
+            with self._changed:
+                left = [*self._scheduler.running, *self._scheduler.waiting]
+                self._start_thread()
+            for request in left:
+                self._finish(request, FinishReason.ERROR, f"The storyteller had to start afresh: {error}. Try again.")
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while self._scheduler.is_idle and not self._closing and not self._retiring:
@@ -95,16 +110,34 @@ class Engine:
             with self._changed:
                 self._scheduler.admit()
                 running = list(self._scheduler.running)
-            reading = [r for r in running if r.n_window - r.n_cached > 1 or not r.generated]
             soon_s = time.monotonic() + PACE_SLACK_S
-            writing = [r for r in running if r not in reading and r.due_s <= soon_s]
+            reading, writing = [], []
+            for request in running:
+                if request.is_reading:
+                    reading.append(request)
+                elif request.due_s <= soon_s:
+                    writing.append(request)
             if running and not reading and not writing:
                 self._rest(running)
-                continue
-            # One chunk of one long prompt, then a step for all who are writing: nobody waits more than that.
-            for group in (reading[:1], writing):
-                if group:
-                    self._guarded_step(group, prefill=group[0] in reading)
+            # A bounded piece of prompts, then a step for all who are writing: nobody waits more than that.
+            if reading:
+                self._guarded_step(self._prompt_feeds(reading))
+            if writing:
+                self._guarded_step([Feed(request, request.generated[-1:]) for request in writing])
+
+    def _prompt_feeds(self, reading: list[Request]) -> list[Feed]:
+        """The next piece of each prompt, the oldest first, as far as one step goes."""
+        feeds = []
+        n_left = self._backend.prefill_tokens
+        for request in reading:
+            request.slide(self._backend.context)
+            window = request.window
+            chunk = window[request.n_cached : request.n_cached + n_left]
+            feeds.append(Feed(request, chunk, wants_next=request.n_cached + len(chunk) == len(window)))
+            n_left -= len(chunk)
+            if n_left <= 0:
+                break
+        return feeds
 
     def _rest(self, running: list[Request]) -> None:
         """Everyone is ahead of the pace that was asked for: sleep until the first is due or something happens."""
@@ -117,53 +150,50 @@ class Engine:
             if not something_happened and rest_s > 0:
                 self._changed.wait(rest_s)
 
-    def _guarded_step(self, requests: list[Request], prefill: bool) -> None:
+    def _guarded_step(self, feeds: list[Feed]) -> None:
+        """A step whose failure ends only the stories that caused it: those that fail on their own, too."""
         started_s = time.monotonic()
         try:
-            if prefill:
-                self._prefill(requests[0])
+            next_tokens = iter(self._backend.step(feeds))
+        except Exception as error:  # the edge of the engine: recorded, told to the reader, survived
+            if len(feeds) > 1:
+                for feed in feeds:
+                    self._guarded_step([feed])
             else:
-                self._decode(requests)
-            for request in requests:
-                request.busy_s += time.monotonic() - started_s
-        except Exception as error:  # the edge of the engine: recorded, told to the readers, survived
-            log.exception("a step failed")
-            for request in [r for r in requests if r.slot is not None]:  # those that did not end in this very step
-                self._finish(request, FinishReason.ERROR, f"The storyteller stumbled: {error}")
+                self._stumble(feeds[0].request, error)
+            return
+        busy_s = time.monotonic() - started_s
+        for request, tokens, wants_next in feeds:
+            request.busy_s += busy_s
+            request.n_cached += len(tokens)
+            if wants_next:
+                token = next(next_tokens)
+                try:
+                    self._accept(request, token)
+                except Exception as error:  # a reader's callback
+                    self._stumble(request, error)
 
-    def _prefill(self, request: Request) -> None:
-        request.slide(self._backend.context)
-        window = request.window
-        chunk = window[request.n_cached : request.n_cached + PREFILL_CHUNK]
-        logits_bv = self._backend.prefill(request, chunk, request.n_cached)
-        request.n_cached += len(chunk)
-        if request.n_cached == len(window):
-            self._accept([request], logits_bv)
+    def _stumble(self, request: Request, error: Exception) -> None:
+        log.error("a story failed", exc_info=error)
+        self._finish(request, FinishReason.ERROR, f"The storyteller stumbled: {error}")
 
-    def _decode(self, requests: list[Request]) -> None:
-        logits_bv = self._backend.decode(requests)
-        for request in requests:
-            request.n_cached += 1
-        self._accept(requests, logits_bv)
-
-    def _accept(self, requests: list[Request], logits_bv: Any) -> None:
-        """Sample a token for each, hand it out, and end the stories that are over."""
-        for request, token in zip(requests, self._backend.sample(requests, logits_bv), strict=True):
-            if token == self._eos_id:
-                self._finish(request, FinishReason.STOP)
-                continue
-            request.generated.append(token)
-            if request.pace:
-                request.due_s = max(request.due_s, time.monotonic() - 1 / request.pace) + 1 / request.pace
-            request.on_token(token)
-            if len(request.generated) >= request.max_tokens:
-                self._finish(request, FinishReason.LENGTH)
-            else:
-                request.slide(self._backend.context)
+    def _accept(self, request: Request, token: int) -> None:
+        """Hand out a token, and end the story if it is over."""
+        if token == self._eos_id:
+            self._finish(request, FinishReason.STOP)
+            return
+        request.generated.append(token)
+        if request.pace:
+            request.due_s = max(request.due_s, time.monotonic() - 1 / request.pace) + 1 / request.pace
+        request.on_token(token)
+        if len(request.generated) >= request.max_tokens:
+            self._finish(request, FinishReason.LENGTH)
+        else:
+            request.slide(self._backend.context)
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         with self._changed:
-            self._scheduler.remove(request)
+            self._scheduler.remove(request, keep_cache=reason is not FinishReason.ERROR)
         try:
             request.on_finish(reason, error)
         except Exception:  # a reader's callback must not end the thread

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from model.config import SamplingParams
 
@@ -69,6 +70,11 @@ class Request:
         return uniform_noise(self.params.seed, len(self.prompt) + len(self.generated))
 
     @property
+    def is_reading(self) -> bool:
+        """Whether more than the newest token is missing in the cache."""
+        return not self.generated or self.n_window - self.n_cached > 1
+
+    @property
     def n_window(self) -> int:
         """How many tokens the model looks at."""
         return len(self.prompt) + len(self.generated) - self.n_forgotten
@@ -89,3 +95,11 @@ class Request:
         while self.n_window > context:
             self.n_forgotten += room - room // 2
             self.n_cached = 0
+
+
+class Feed(NamedTuple):
+    """What one story brings to a step: tokens to read at positions `request.n_cached` and on."""
+
+    request: Request
+    tokens: Sequence[int]
+    wants_next: bool = True  # whether to sample the token after the last one; False while more of the prompt follows

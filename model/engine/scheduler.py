@@ -7,15 +7,26 @@ from collections import deque
 from model.engine.request import Request
 from model.errors import BusyError
 
+WORTH_A_SLOT = 16  # cached tokens; for fewer in common the lowest slot is better, whose memory is in use already
+
+
+def n_common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
 
 class Scheduler:
     """First come, first served; stories join and leave between any two steps.
 
-    Raises BusyError on `add` when the queue is full.
+    A free slot keeps what was read into it: a story that begins with the same tokens ("tell another", "continue") goes
+    on from there. Raises BusyError on `add` when the queue is full.
     """
 
     def __init__(self, n_slots: int, max_waiting: int):
-        self._free_slots = list(range(n_slots))[::-1]
+        self._free: dict[int, list[int]] = {slot: [] for slot in range(n_slots)}  # slot: tokens in its cache
         self._max_waiting = max_waiting
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -30,16 +41,21 @@ class Scheduler:
         """Move waiting requests into free slots."""
         while self.can_admit:
             request = self.waiting.popleft()
-            request.slot = self._free_slots.pop()
-            request.n_cached = 0
+            window = request.window
+            common = {slot: n_common(cached, window) for slot, cached in self._free.items()}
+            longest = max(common, key=lambda slot: (common[slot], -slot))
+            request.slot = longest if common[longest] >= WORTH_A_SLOT else min(common)
+            # The last token is read again, for what comes after it.
+            request.n_cached = min(common[request.slot], len(window) - 1)
+            del self._free[request.slot]
             self.running.append(request)
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: Request, keep_cache: bool = True) -> None:
         """Take a request out, wherever it is; its slot is free at once."""
         if request in self.running:
             self.running.remove(request)
             assert request.slot is not None
-            self._free_slots.append(request.slot)
+            self._free[request.slot] = request.window[: request.n_cached] if keep_cache else []
             request.slot = None
         elif request in self.waiting:
             self.waiting.remove(request)
@@ -50,7 +66,7 @@ class Scheduler:
 
     @property
     def can_admit(self) -> bool:
-        return bool(self.waiting and self._free_slots)
+        return bool(self.waiting and self._free)
 
     @property
     def is_idle(self) -> bool:

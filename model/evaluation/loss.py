@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,11 +22,15 @@ def bits_per_byte(
     texts: Sequence[str],
     tokens_per_pass: int = 8192,
     progress: Callable[[int, int], None] | None = None,
+    logits: Callable[[list[int]], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Summed negative log-likelihood of every story's tokens and its end token, over the UTF-8 bytes of the raw text.
 
     Each story is scored alone from the begin token. Beyond the context, windows advance by half of it, so every token
     is predicted from at least half a context.
+
+    Args:
+        logits: another engine's logits [t, v] after each token of a text, to score instead of the decoder's own.
 
     Returns:
         bits_per_byte, perplexity (per token), bytes, tokens, stories.
@@ -58,8 +63,11 @@ def bits_per_byte(
         for i, (window, skip) in enumerate(batch):
             inputs_bt[i, : len(window) - 1] = torch.tensor(window[:-1])
             targets_bt[i, skip : len(window) - 1] = torch.tensor(window[skip + 1 :])
-        logits_btv = decoder(inputs_bt.to(device)).float()
-        losses = F.cross_entropy(logits_btv.flatten(0, 1), targets_bt.flatten().to(device), reduction="sum")
+        if logits:
+            logits_btv = torch.stack([torch.from_numpy(logits(tokens)) for tokens in inputs_bt.tolist()])
+        else:
+            logits_btv = decoder(inputs_bt.to(device)).float()
+        losses = F.cross_entropy(logits_btv.flatten(0, 1), targets_bt.flatten().to(logits_btv.device), reduction="sum")
         nats += losses.item()
         n_tokens += int((targets_bt >= 0).sum())
         n_done += len(batch)

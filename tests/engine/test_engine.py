@@ -7,7 +7,7 @@ import time
 import pytest
 
 from model.config import SamplingParams
-from model.engine.engine import PREFILL_CHUNK, Engine
+from model.engine.engine import Engine
 from model.engine.request import FinishReason, Request
 from model.errors import BusyError, EngineError
 
@@ -18,30 +18,21 @@ class CountingBackend:
     """Writes 1, 2, 3, ... after any prompt; logs its steps; can be told to wait or to fail."""
 
     context = 512
+    prefill_tokens = 128
 
     def __init__(self):
-        self.steps = []
+        self.steps = []  # how many tokens each story was fed
         self.gate = threading.Event()
         self.gate.set()
         self.fail_when = lambda requests: False
+        self.next_token = lambda request: len(request.generated) + 1
 
-    def prefill(self, request, tokens, start):
+    def step(self, feeds):
         self.gate.wait(10)
-        self.steps.append(("prefill", len(tokens), request))
-        return self._logits([request])
-
-    def decode(self, requests):
-        self.gate.wait(10)
-        self.steps.append(("decode", len(requests), None))
-        return self._logits(requests)
-
-    def _logits(self, requests):
-        if self.fail_when(requests):
+        self.steps.append({feed.request: len(feed.tokens) for feed in feeds})
+        if self.fail_when([feed.request for feed in feeds]):
             raise RuntimeError("injected")
-        return requests
-
-    def sample(self, requests, logits_bv):
-        return [len(request.generated) + 1 for request in requests]
+        return [self.next_token(feed.request) for feed in feeds if feed.wants_next]
 
 
 @pytest.fixture
@@ -92,7 +83,7 @@ def test_a_story_ends_at_its_length(engine):
 
 
 def test_a_story_ends_at_its_end_token(engine, backend):
-    backend.sample = lambda requests, logits: [4 if len(r.generated) < 2 else EOS for r in requests]
+    backend.next_token = lambda request: 4 if len(request.generated) < 2 else EOS
     reader = Reader(max_tokens=50)
     engine.submit(reader.request)
     assert reader.wait().reason is FinishReason.STOP and reader.tokens == [4, 4]
@@ -168,42 +159,136 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(engine, backend):
     engine.submit(long.request)
     long.wait()
     steps = list(backend.steps)
-    chunks = [i for i, (_, _, request) in enumerate(steps) if request is long.request]
-    assert [steps[i][1] for i in chunks] == [PREFILL_CHUNK] * 3 + [500 - 3 * PREFILL_CHUNK]
+    chunks = [i for i, fed in enumerate(steps) if long.request in fed]
+    assert [steps[i][long.request] for i in chunks] == [128, 128, 128, 500 - 3 * 128]
     assert all(later - earlier == 2 for earlier, later in itertools.pairwise(chunks))
 
 
-def test_an_exception_ends_the_stories_of_its_step_only(engine, backend):
+def test_prompts_are_read_together_within_one_budget(engine, backend):
+    backend.gate.clear()
+    readers = [Reader(max_tokens=1), Reader(n_prompt=100, max_tokens=1), Reader(n_prompt=100, max_tokens=1)]
+    for i, reader in enumerate(readers):
+        reader.request.prompt = [i] * len(reader.request.prompt)  # nothing to share
+        engine.submit(reader.request)
+    backend.gate.set()
+    for reader in readers:
+        reader.wait()
+    assert all(sum(fed.values()) <= 128 for fed in backend.steps)
+    assert [sum(fed.get(reader.request, 0) for fed in backend.steps) for reader in readers] == [3, 100, 100]
+
+
+def test_another_story_from_the_same_prompt_reads_only_what_is_new(engine, backend):
+    prompt = list(range(100))
+    first = Reader(max_tokens=20)
+    first.request.prompt = prompt
+    engine.submit(first.request)
+    first.wait()
+    backend.steps.clear()
+    again, other = Reader(max_tokens=1), Reader(max_tokens=1)
+    again.request.prompt, other.request.prompt = prompt, prompt[:60] + [7] * 40
+    engine.submit(again.request)
+    again.wait()
+    engine.submit(other.request)
+    other.wait()
+    assert backend.steps[0][again.request] == 1, "all but the last token lay in the slot"
+    assert backend.steps[1][other.request] == 40
+
+
+def test_a_continued_story_goes_on_in_its_slot(engine, backend):
+    reader = Reader(n_prompt=30, max_tokens=10)
+    engine.submit(reader.request)
+    reader.wait()
+    backend.steps.clear()
+    reader.ended.clear()
+    reader.request.max_tokens = 12
+    engine.submit(reader.request)
+    reader.wait()
+    assert reader.tokens == list(range(1, 13)) and [*backend.steps[0].values()] == [1]
+
+
+def test_a_failed_story_leaves_nothing_to_go_on_from(engine, backend):
+    victim = Reader(n_prompt=40, max_tokens=10)
+    backend.fail_when = lambda requests: len(requests[0].generated) == 5
+    engine.submit(victim.request)
+    assert victim.wait().reason is FinishReason.ERROR
+    backend.steps.clear()
+    again = Reader(n_prompt=40, max_tokens=1)
+    engine.submit(again.request)
+    assert again.wait().reason is FinishReason.LENGTH and backend.steps[0][again.request] == 40
+
+
+def test_a_thread_that_dies_is_replaced_and_its_stories_are_told(engine, backend, caplog):
+    """No fault outside a step is known; should there be one, nobody may wait for ever."""
+    running = [Reader(max_tokens=4000), Reader(max_tokens=4000), Reader()]
+    for reader in running:
+        engine.submit(reader.request)
+    wait_until(lambda: running[0].tokens and running[1].tokens)
+    engine._scheduler.admit = lambda: 1 / 0
+    for reader in running:
+        assert reader.wait().reason is FinishReason.ERROR and "start afresh" in reader.error
+    assert "thread died" in caplog.text
+    late = Reader()
+    engine.submit(late.request)
+    assert late.wait().reason is FinishReason.LENGTH
+
+
+def test_a_thousand_submits_against_64_slots(backend):
+    """Each is told or refused at once; places are exact; nothing is lost."""
+    engine = Engine(backend, EOS, n_slots=64, max_waiting=64)
+    backend.gate.clear()
+    readers = [Reader(max_tokens=3) for _ in range(1000)]
+    accepted, refused = [], 0
+
+    def submit(some):
+        nonlocal refused
+        for reader in some:
+            try:
+                engine.submit(reader.request)
+                accepted.append(reader)
+            except BusyError:
+                refused += 1
+
+    threads = [threading.Thread(target=submit, args=(readers[i::4],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(accepted) + refused == 1000 and len(accepted) in range(64, 64 + 64 + 1)
+    backend.gate.set()
+    assert all(reader.wait().reason is FinishReason.LENGTH and reader.n_ends == 1 for reader in accepted)
+    assert max(len(fed) for fed in backend.steps) <= 64
+    engine.close()
+
+
+def test_an_exception_ends_only_the_stories_that_cause_it(engine, backend):
     survivor, victim = Reader(max_tokens=300), Reader(n_prompt=7, max_tokens=5)
-    backend.fail_when = lambda requests: len(requests) == 1 and len(requests[0].prompt) == 7
+    backend.fail_when = lambda requests: any(len(request.prompt) == 7 for request in requests)
+    backend.gate.clear()
     engine.submit(survivor.request)
     engine.submit(victim.request)
+    backend.gate.set()
     assert victim.wait().reason is FinishReason.ERROR and "injected" in victim.error
-    assert survivor.wait().reason is FinishReason.LENGTH
+    assert survivor.wait().reason is FinishReason.LENGTH and survivor.tokens == list(range(1, 301))
     late = Reader()
     engine.submit(late.request)  # the thread lives on
     assert late.wait().reason is FinishReason.LENGTH
 
 
-def test_a_story_that_ended_in_the_failing_step_ends_once(engine, backend):
-    """Sampling for a batch hands tokens out row by row; a failure half way must not end the first row again."""
-    first, second = Reader(max_tokens=4000), Reader(max_tokens=4000)
+def test_a_backend_that_fails_for_all_ends_all(engine, backend):
+    backend.fail_when = lambda requests: True
+    readers = [Reader(), Reader()]
+    for reader in readers:
+        engine.submit(reader.request)
+    assert all(reader.wait().reason is FinishReason.ERROR and reader.n_ends == 1 for reader in readers)
+
+
+def test_a_callback_that_fails_ends_its_own_story(engine):
+    first, second = Reader(max_tokens=300), Reader(max_tokens=300)
+    first.request.on_token = lambda token: 1 / 0
     engine.submit(first.request)
     engine.submit(second.request)
-    wait_until(lambda: first.tokens and second.tokens)
-
-    def sample(requests, logits):
-        if len(requests) == 2:
-            requests[0].max_tokens = 1  # its story ends with this token ...
-            requests[1].on_token = lambda token: 1 / 0  # ... and the next row fails
-        return [5] * len(requests)
-
-    backend.sample = sample
-    ends = {first.wait().reason, second.wait().reason}
-    late = Reader(max_tokens=1)
-    engine.submit(late.request)
-    late.wait()
-    assert ends == {FinishReason.LENGTH, FinishReason.ERROR} and first.n_ends == second.n_ends == 1
+    assert first.wait().reason is FinishReason.ERROR and first.n_ends == 1
+    assert second.wait().reason is FinishReason.LENGTH
 
 
 def test_the_context_slides_when_it_is_full(engine, backend):
@@ -220,7 +305,7 @@ def test_a_prompt_longer_than_the_context_loses_its_oldest_part(engine, backend)
     engine.submit(reader.request)
     reader.wait()
     assert reader.reason is FinishReason.LENGTH
-    assert reader.request.n_forgotten > 900 and all(step[1] <= PREFILL_CHUNK for step in backend.steps)
+    assert reader.request.n_forgotten > 900 and all(max(fed.values()) <= 128 for fed in backend.steps)
 
 
 def test_a_retired_engine_tells_its_stories_to_the_end(backend):

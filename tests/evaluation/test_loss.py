@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model.engine.cpu_backend import CpuBackend
 from model.errors import InputError
 from model.evaluation.loss import bits_per_byte
 
@@ -47,3 +48,11 @@ def test_one_empty_story_does_not_put_thousands_into_one_pass(tiny_decoder, toke
 def test_no_text_is_refused(tiny_decoder, tokenizer):
     with pytest.raises(InputError, match="no text"):
         bits_per_byte(tiny_decoder, tokenizer, ["", ""])
+
+
+def test_another_engines_logits_are_scored_alike(tiny_decoder, tokenizer, stories):
+    weights = {name: weight.numpy() for name, weight in tiny_decoder.state_dict().items()}
+    backend = CpuBackend(tiny_decoder.config, weights, n_slots=1, int8=False)
+    expected = bits_per_byte(tiny_decoder, tokenizer, stories[:6])
+    found = bits_per_byte(tiny_decoder, tokenizer, stories[:6], logits=backend.logits)
+    assert found == pytest.approx(expected, rel=1e-5)
