@@ -1,4 +1,5 @@
-# `make run` serves the app, `make test` runs every test. Both make an environment in .venv first.
+# `make run` serves the app, `make test` runs every test. Both make an environment in .venv first. `make bench` compares
+# with other programs, one of which is compiled for that: it takes minutes the first time.
 PORT ?= 8501
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ test: $(VENV)/.with-tests
 soak: $(VENV)/.with-tests
 	$(BIN)/python -m pytest -m soak
 
-bench: $(VENV)/.with-tests
+bench: $(VENV)/.with-peers
 	$(BIN)/taleloom bench --peers
 
 lint: $(VENV)/.with-tests
@@ -30,6 +31,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.with-tests: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.with-peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 clean:

@@ -1,17 +1,20 @@
-"""How fast the engine writes: throughput, time to first token, load time, memory; on request beside `transformers`.
+"""How fast the engine writes: throughput, time to first token, load time, memory; on request beside other programs.
 
-Absolute times depend on what else a machine does, so peers run in turn with us, and medians are compared.
+Absolute times depend on what else a machine does, so all that is compared runs in turn, and medians are compared.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint import read_weights
 from model.config import SamplingParams
 from model.engine.engine import Engine
 from model.engine.request import Request
@@ -19,6 +22,7 @@ from model.storyteller import Storyteller, find_model
 
 N_TOKENS = 200  # written by each stream
 STREAMS = (1, 4, 16, 64)
+PEER_STREAMS = (1, 16)
 PROMPT_LENGTHS = (16, 128, 400)
 N_ROUNDS = 5
 
@@ -27,38 +31,76 @@ def bench(model: str | None, device: str, peers: bool, report: Callable[[str], N
     """Measure; `report` hears what is being done.
 
     Returns:
-        load_s; tokens_per_second by number of streams, first_token_ms by prompt length (medians); peak_memory_mb; with
-        peers also transformers_tokens_per_second for 1 and 16 rows, and the ratios.
-    """
-    started_s = time.perf_counter()
-    storyteller = Storyteller.load(model, device, n_slots=max(STREAMS))
-    results: dict[str, Any] = {"load_s": time.perf_counter() - started_s, "device": storyteller.device}
-    storyteller.close()
-    engine = Engine(storyteller.backend, eos_id=-1, n_slots=max(STREAMS))  # no story ends before its length
-    prompt = storyteller.tokenizer.encode_opening("Once upon a time, there was a")
-    hf = _transformers_generate(find_model(model), prompt) if peers else None
+        device; load_s; memory_mb, the process' peak after the first story and after 64 together; tokens_per_second by
+        number of streams; first_token_ms by prompt length (engine time). On a CPU also fp32_tokens_per_second. With
+        peers, theirs by name and streams, and the ratios of ours to theirs.
 
-    speeds: dict[str, list[float]] = {}
-    for number in range(N_ROUNDS):
-        report(f"round {number + 1} of {N_ROUNDS} ...")
-        for n_streams in STREAMS:
-            seconds = _tell(engine, [prompt] * n_streams, N_TOKENS)
-            speeds.setdefault(f"{n_streams}", []).append(n_streams * N_TOKENS / seconds)
-            if hf and n_streams in (1, 16):
-                speeds.setdefault(f"transformers {n_streams}", []).append(n_streams * N_TOKENS / hf(n_streams))
-        for n_prompt in PROMPT_LENGTHS:
-            long_prompt = (prompt * n_prompt)[:n_prompt]
-            speeds.setdefault(f"first {n_prompt}", []).append(1e3 * _tell(engine, [long_prompt], 1))
-    engine.close()
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    results["tokens_per_second"] = {n: medians[f"{n}"] for n in STREAMS}
-    results["first_token_ms"] = {n: medians[f"first {n}"] for n in PROMPT_LENGTHS}
-    if hf:
-        results["transformers_tokens_per_second"] = {n: medians[f"transformers {n}"] for n in (1, 16)}
-        results["times_transformers"] = {n: medians[f"{n}"] / medians[f"transformers {n}"] for n in (1, 16)}
-    else:
-        results["peak_memory_mb"] = _peak_memory_mb()
+    Raises:
+        ModelError: there is no such model.
+        TaleloomError: a peer is not installed.
+    """
+    folder = find_model(model)
+    started_s = time.perf_counter()
+    storyteller = Storyteller.load(str(folder), device, n_slots=max(STREAMS))
+    results: dict[str, Any] = {"device": storyteller.device, "load_s": time.perf_counter() - started_s}
+    storyteller.close()
+    prompt = storyteller.tokenizer.encode_opening("Once upon a time, there was a")
+    n_ids = storyteller.tokenizer.vocab_size
+    engines = {"tokens_per_second": Engine(storyteller.backend, eos_id=-1, n_slots=max(STREAMS))}  # none ends early
+    results["memory_mb"] = {}
+    for n_streams in (1, 64):
+        _tell(engines["tokens_per_second"], [prompt] * n_streams, N_TOKENS)
+        results["memory_mb"][n_streams] = _peak_memory_mb()
+    if storyteller.device == "cpu":
+        from model.engine.cpu_backend import CpuBackend
+
+        weights = read_weights(folder, storyteller.config)
+        exact = CpuBackend(storyteller.config, weights, max(STREAMS), n_ids, int8=False)
+        engines["fp32_tokens_per_second"] = Engine(exact, eos_id=-1, n_slots=max(STREAMS))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        others = _load_peers(folder, Path(temporary), prompt, report) if peers else {}
+        figures: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        fresh = 0  # the token after the begin token, so that no prompt finds its beginning in the cache
+        for number in range(N_ROUNDS):
+            report(f"round {number + 1} of {N_ROUNDS} ...")
+            for n_streams in STREAMS:
+                for name, engine in engines.items():
+                    fresh += 1
+                    seconds = _tell(engine, [[prompt[0], n_ids - fresh, *prompt[2:]]] * n_streams, N_TOKENS)
+                    figures[name][n_streams].append(n_streams * N_TOKENS / seconds)
+                if n_streams in PEER_STREAMS:
+                    for name, generate in others.items():
+                        figures[name][n_streams].append(n_streams * N_TOKENS / generate(n_streams))
+            for n_prompt in PROMPT_LENGTHS:
+                fresh += 1
+                long_prompt = [prompt[0], n_ids - fresh, *(prompt * n_prompt)][:n_prompt]
+                seconds = _tell(engines["tokens_per_second"], [long_prompt], 1)
+                figures["first_token_ms"][n_prompt].append(1e3 * seconds)
+    for engine in engines.values():
+        engine.close()
+    for name, by_size in figures.items():
+        results[name] = {size: statistics.median(values) for size, values in by_size.items()}
+    for name in others:
+        ours = "fp32_tokens_per_second" if name == "llama.cpp f32" else "tokens_per_second"
+        ratios = {n: results[ours][n] / results[name][n] for n in PEER_STREAMS}
+        results[f"{'fp32' if ours.startswith('fp32') else 'ours'} / {name}"] = ratios
     return results
+
+
+def _load_peers(
+    folder: Path, temporary: Path, prompt: list[int], report: Callable[[str], None]
+) -> dict[str, Callable[[int], float]]:
+    """What to compare with, all with the same weights; ours in fp32 is compared with llama.cpp's, else in int8."""
+    from model.hub.export import export_gguf
+    from model.peers import llama_cpp_generate, transformers_generate
+
+    report("loading transformers and llama.cpp ...")
+    peers = {"transformers": transformers_generate(folder, prompt, N_TOKENS)}
+    for kind in ("f32", "f16", "q8_0"):
+        export_gguf(folder, temporary / f"{kind}.gguf", kind)
+        peers[f"llama.cpp {kind}"] = llama_cpp_generate(temporary / f"{kind}.gguf", prompt, N_TOKENS)
+    return peers
 
 
 def _tell(engine: Engine, prompts: list[list[int]], max_tokens: int) -> float:
@@ -74,33 +116,6 @@ def _tell(engine: Engine, prompts: list[list[int]], max_tokens: int) -> float:
     for _ in requests:
         ended.acquire()
     return time.perf_counter() - started_s
-
-
-def _transformers_generate(folder: Path, prompt: list[int]) -> Callable[[int], float]:
-    """A function that gives the seconds `transformers` takes for n rows, with our sampling settings, on one thread."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    params = SamplingParams()
-    settings = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-
-    def generate(n_rows: int) -> float:
-        inputs_bt = torch.tensor([prompt] * n_rows)
-        started_s = time.perf_counter()
-        model.generate(
-            inputs_bt,
-            attention_mask=torch.ones_like(inputs_bt),
-            do_sample=True,
-            min_new_tokens=N_TOKENS,
-            max_new_tokens=N_TOKENS,
-            repetition_penalty=params.repetition_penalty,
-            **settings,
-        )
-        return time.perf_counter() - started_s
-
-    return generate
 
 
 def _peak_memory_mb() -> float:

@@ -11,7 +11,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
 
 from model.config import ModelConfig, SamplingParams
 from model.errors import InputError, ModelError
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from model.decoder import Decoder
 
 MAX_PADDING = 256
+NUMPY_TYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -38,6 +42,24 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_folder(folder: Path, files: dict[str, bytes | str]) -> None:
+    """Write files into a folder: a new one appears complete or not at all; into one that is there the files go one by
+    one, each whole, and others that are there (a model card, say) stay."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        for name, content in files.items():
+            write_atomically(temporary / name, content)
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            for name in files:
+                os.replace(temporary / name, folder / name)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -72,6 +94,57 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder} has no model.safetensors. The weights are missing: download the model again.")
 
 
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The weights by name, float32; lm_head.weight only where it is not the embeddings.
+
+    Raises:
+        ModelError: files missing or damaged, or weights that do not match config.json.
+    """
+    weights = {}
+    for file in weight_files(folder):
+        try:
+            tensors = safetensors.deserialize(file.read_bytes())
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
+        for name, tensor in tensors:
+            if (stored := tensor["dtype"]) not in NUMPY_TYPES:
+                raise ModelError(f"{file} holds {name} as {stored}. Taleloom reads {', '.join(NUMPY_TYPES)}.")
+            weight = np.frombuffer(tensor["data"], NUMPY_TYPES[stored]).reshape(tensor["shape"])
+            if stored == "BF16":  # the upper half of a float32, which numpy has no type for
+                weight = (weight.astype(np.uint32) << 16).view(np.float32)
+            weights[name] = weight.astype(np.float32)
+    # Some exporters store the rotary frequencies, which follow from the config, and a tied head twice.
+    weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+
+    expected = weight_shapes(config)
+    found = {name: weight.shape for name, weight in weights.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        name = wrong[0]
+        raise ModelError(
+            f"The weights in {folder} do not match its config.json: {name} should be {expected.get(name, 'absent')} "
+            f"and is {found.get(name, 'missing')}. Download the model again."
+        )
+    return weights
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What each weight's shape is by config.json."""
+    d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
+    n_q, n_kv = config.num_attention_heads * k, config.num_key_value_heads * k
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
+    layer |= {"self_attn.q_proj": (n_q, d), "self_attn.k_proj": (n_kv, d), "self_attn.v_proj": (n_kv, d)}
+    layer |= {"self_attn.o_proj": (d, n_q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
+    embeddings = (config.vocab_size, d)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": embeddings, "model.norm.weight": (d,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = embeddings
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """Read the folder's tokenizer; raises ModelError when it is not the one the model was trained with."""
     tokenizer = Tokenizer.load(folder)
@@ -90,27 +163,16 @@ def load_decoder(folder: Path, device: str = "cpu") -> Decoder:
     Raises:
         ModelError: files missing or damaged, or weights that do not match config.json.
     """
-    import safetensors
-    import safetensors.torch
+    import torch
 
     from model.decoder import Decoder
 
     config = read_config(folder)
-    weights = {}
-    for file in weight_files(folder):
-        try:
-            weights.update(safetensors.torch.load_file(file))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
+    weights = read_weights(folder, config)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     decoder = Decoder(config)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    # Some exporters store the rotary frequencies, which follow from the config.
-    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    try:
-        decoder.load_state_dict({name: w.float() for name, w in weights.items()})
-    except RuntimeError as error:
-        raise ModelError(f"The weights in {folder} do not match its config.json: {error}") from error
+    decoder.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
     return decoder.eval().to(device)
 
 
@@ -127,7 +189,6 @@ def save_model(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise InputError(f"{folder} exists and is no model folder; choose another name.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     state = {name: w.detach().to("cpu", torch.float16).contiguous() for name, w in decoder.state_dict().items()}
     if decoder.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -141,16 +202,4 @@ def save_model(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
         **tokenizer.hf_files(),
         "model.safetensors": safetensors.torch.save(state, metadata={"format": "pt"}),
     }
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        for name, content in files.items():
-            write_atomically(temporary / name, content)
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            # Files that others put there (a model card, say) stay.
-            for name in files:
-                os.replace(temporary / name, folder / name)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_folder(folder, files)

@@ -91,24 +91,27 @@ def tell(
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Stories: JSONL, TXT or Parquet.")
 @MODEL
 @DEVICE
+@click.option("--int8", is_flag=True, help="Score the rounded weights that stories are written with on a CPU.")
 @JSON
-def evaluate(data: Path, model: str | None, device: str, as_json: bool) -> None:
+def evaluate(data: Path, model: str | None, device: str, int8: bool, as_json: bool) -> None:
     """Score how well the model predicts the stories in a file (bits per byte; lower is better)."""
     from model.training.data import read_rows
 
     texts = [row["text"] for row in read_rows(data)]
     from model.checkpoint import load_decoder, load_tokenizer
     from model.evaluation.loss import bits_per_byte
-    from model.storyteller import choose_device, find_model
+    from model.storyteller import Storyteller, choose_device, find_model
 
     folder = find_model(model, _progress)
     decoder = load_decoder(folder, choose_device(device))
+    storyteller = Storyteller.load(str(folder), "cpu", n_slots=1) if int8 else None
     with click.progressbar(length=100, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         scores = bits_per_byte(
             decoder,
             load_tokenizer(folder, decoder.config),
             texts,
             progress=lambda done, total: bar.update(100 * done // total - bar.pos),
+            logits=storyteller.backend.logits if storyteller else None,
         )
     if as_json:
         click.echo(json.dumps(scores))
@@ -237,7 +240,7 @@ def train(
 @main.command()
 @MODEL
 @DEVICE
-@click.option("--peers", is_flag=True, help="Compare with transformers.generate on one thread (needs the test extras).")
+@click.option("--peers", is_flag=True, help="Compare with others on one thread (pip install 'taleloom[bench]').")
 @JSON
 def bench(model: str | None, device: str, peers: bool, as_json: bool) -> None:
     """Measure how fast stories are written on this machine."""
@@ -251,6 +254,26 @@ def bench(model: str | None, device: str, peers: bool, as_json: bool) -> None:
         shown = value if isinstance(value, dict) else {"": value}
         for key, number in shown.items():
             click.echo(f"{name:32}{key!s:>4} {number:,.1f}" if isinstance(number, float) else f"{name:36} {number}")
+
+
+@main.command()
+@MODEL
+@click.option("--format", "form", required=True, type=click.Choice(["gguf", "hf"]), help="For llama.cpp, transformers.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file (gguf) or folder (hf) to write.")
+@click.option("--type", "kind", type=click.Choice(["f32", "f16", "q8_0"]), help="Weights in a gguf. Default: f16.")
+def export(model: str | None, form: str, out: Path, kind: str | None) -> None:
+    """Write the storyteller for another program."""
+    from model.hub.export import export_gguf, export_hf
+    from model.storyteller import find_model
+
+    if form == "hf" and kind:
+        raise InputError("--type is for --format gguf; a folder keeps the weights as they are.")
+    folder = find_model(model, _progress)
+    if form == "gguf":
+        export_gguf(folder, out, kind or "f16")
+    else:
+        export_hf(folder, out)
+    click.echo(f"The storyteller is in {out}")
 
 
 @main.command()

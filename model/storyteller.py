@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from model.checkpoint import load_tokenizer, read_config
+from model.checkpoint import load_tokenizer, read_config, read_weights
 from model.config import BUNDLED_WEIGHTS, ModelConfig, SamplingParams, user_home
 from model.engine.request import FinishReason, Request
 from model.errors import BusyError, InputError, ModelError
@@ -315,9 +315,9 @@ class Storyteller:
         device = choose_device(device)
         backend: Any
         if device == "cpu":
-            from model.engine.cpu_backend import CpuBackend, read_weights
+            from model.engine.cpu_backend import CpuBackend
 
-            backend = CpuBackend(config, read_weights(folder), n_slots, tokenizer.vocab_size)
+            backend = CpuBackend(config, read_weights(folder, config), n_slots, tokenizer.vocab_size)
         else:
             from model.checkpoint import load_decoder
             from model.engine.torch_backend import TorchBackend

@@ -3,10 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model, weight_files, write_atomically
+from model.checkpoint import (
+    load_decoder,
+    load_tokenizer,
+    read_config,
+    read_weights,
+    save_model,
+    weight_files,
+    write_atomically,
+)
 from model.errors import InputError, ModelError
 from model.tokenizer import Tokenizer
 
@@ -74,8 +84,26 @@ def test_truncated_weights_are_named(folder):
 def test_weights_of_another_shape_are_named(folder):
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, "intermediate_size": 128}))
-    with pytest.raises(ModelError, match="do not match"):
+    with pytest.raises(ModelError, match=r"do not match.*down_proj.weight should be \(32, 128\) and is \(32, 64\)"):
         load_decoder(folder)
+
+
+def test_a_missing_weight_is_named(tiny_decoder, folder):
+    state = {name: weight for name, weight in tiny_decoder.state_dict().items() if name != "lm_head.weight"}
+    del state["model.layers.1.mlp.up_proj.weight"]
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"do not match.*layers.1.mlp.up_proj.weight.*is missing"):
+        load_decoder(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_float_type_of_the_hub_is_read(tiny_decoder, folder, dtype):
+    state = {name: weight.to(dtype) for name, weight in tiny_decoder.state_dict().items() if name != "lm_head.weight"}
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    weights = read_weights(folder, tiny_decoder.config)
+    assert set(weights) == set(state)
+    for name, weight in state.items():
+        assert np.array_equal(weights[name], weight.float().numpy())
 
 
 def test_a_tokenizer_of_another_model_is_named(folder, stories):

@@ -1,25 +1,22 @@
 """Runs the decoder for the engine on a CPU, without torch: weights in int8, kernels compiled by numba.
 
-Quantisation, done at load: each row of a matrix (one output) is stored as int8 times one float32 scale, the row's
-largest magnitude over 127, rounded to nearest even. Gains, activations, the KV cache and all sums are float32.
+Quantisation: at load each row of a matrix (one output) becomes int8 times one float32 scale, the row's largest
+magnitude over 127, rounded to nearest even; at each product a token's activations become int8 likewise, with one scale
+a token. Products are summed in int32, keys and values kept in float16; everything between is float32. At full
+precision (int8=False) nothing is rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
-from model.checkpoint import weight_files
 from model.config import ModelConfig, SamplingParams
 from model.engine.cpu_kernels import PANEL, forward, sample
 from model.engine.request import Feed, Request
 from model.errors import ModelError
-
-NUMPY_TYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,53 +46,18 @@ def pack(weight_lij: np.ndarray, int8: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(panels.transpose(0, 1, 3, 2, 4)), scale_li
 
 
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All weights of a model folder as float32, by name; raises ModelError when they are missing or damaged."""
-    weights = {}
-    for file in weight_files(folder):
-        try:
-            tensors = safetensors.deserialize(file.read_bytes())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or incomplete ({error}). Download it again.") from error
-        for name, tensor in tensors:
-            if (kind := tensor["dtype"]) not in NUMPY_TYPES:
-                raise ModelError(f"{file} holds {name} as {kind}. Taleloom reads {', '.join(NUMPY_TYPES)}.")
-            weight = np.frombuffer(tensor["data"], NUMPY_TYPES[kind]).reshape(tensor["shape"])
-            if kind == "BF16":  # the upper half of a float32, which numpy has no type for
-                weight = (weight.astype(np.uint32) << 16).view(np.float32)
-            weights[name] = weight.astype(np.float32)
-    return weights
-
-
 def pack_weights(config: ModelConfig, weights: dict[str, np.ndarray], int8: bool) -> tuple[Any, ...]:
-    """The weights as the kernel takes them, layers stacked, queries/keys/values and gate/up joined.
-
-    Raises:
-        ModelError: a weight is missing or has another shape than config.json says.
-    """
-    d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
-    n_q, n_kv = config.num_attention_heads * k, config.num_key_value_heads * k
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= {"self_attn.q_proj": (n_q, d), "self_attn.k_proj": (n_kv, d), "self_attn.v_proj": (n_kv, d)}
-    shapes |= {"self_attn.o_proj": (d, n_q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
-    shapes |= {"input_layernorm": (d,), "post_attention_layernorm": (d,)}
-
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        weight = weights.get(f"{name}.weight")
-        if weight is None or weight.shape != shape:
-            found = "missing" if weight is None else f"of shape {weight.shape}"
-            raise ModelError(f"The weights do not match config.json: {name} should be {shape} and is {found}.")
-        return weight
+    """The weights as the kernel takes them, layers stacked, queries/keys/values and gate/up joined."""
 
     def store(*parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pack(np.concatenate([pad(part) for part in parts], -2), int8)
 
     def stack(name: str) -> np.ndarray:
-        return np.stack([take(f"model.layers.{i}.{name}", shapes[name]) for i in range(config.num_hidden_layers)])
+        return np.stack([weights[f"model.layers.{i}.{name}.weight"] for i in range(config.num_hidden_layers)])
 
-    embed = store(take("model.embed_tokens", (config.vocab_size, d))[None])
-    head = embed if config.tie_word_embeddings else store(take("lm_head", (config.vocab_size, d))[None])
-    inverse_frequency = config.rope_theta ** (-np.arange(0, k, 2) / k)
+    embed = store(weights["model.embed_tokens.weight"][None])
+    head = embed if config.tie_word_embeddings else store(weights["lm_head.weight"][None])
+    inverse_frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     angles_sk = np.outer(np.arange(config.max_position_embeddings), inverse_frequency)
     qkv = np.concatenate([stack(f"self_attn.{name}_proj") for name in "qkv"], -2)
     return (
@@ -108,7 +70,7 @@ def pack_weights(config: ModelConfig, weights: dict[str, np.ndarray], int8: bool
         *store(stack("mlp.down_proj")),
         stack("input_layernorm"),
         stack("post_attention_layernorm"),
-        take("model.norm", (d,)),
+        weights["model.norm.weight"],
         np.float32(config.rms_norm_eps),
         np.cos(angles_sk).astype(np.float32),
         np.sin(angles_sk).astype(np.float32),

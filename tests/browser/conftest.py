@@ -28,13 +28,13 @@ import sys, time
 from model.engine.engine import Engine
 from streamlit.web import cli
 
-decode = Engine._decode
+step = Engine._guarded_step
 
-def unhurried(engine, requests):
+def unhurried(engine, feeds):
     time.sleep({STEP_S})
-    decode(engine, requests)
+    step(engine, feeds)
 
-Engine._decode = unhurried
+Engine._guarded_step = unhurried
 sys.argv = ["streamlit", "run", "app.py", *sys.argv[1:]]
 cli.main()
 """

@@ -12,12 +12,11 @@ import llvmlite.binding
 import numba
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from model.config import ModelConfig, SamplingParams
 from model.decoder import Decoder
-from model.engine.cpu_backend import CpuBackend, quantise, read_weights
+from model.engine.cpu_backend import CpuBackend, quantise
 from model.engine.cpu_kernels import pick
 from model.engine.engine import Engine
 from model.engine.request import Feed, Request, uniform_noise
@@ -210,28 +209,6 @@ def test_a_padded_model_never_writes_a_token_without_text(tiny_config):
     engine.submit(request)
     assert done.wait(30) and len(request.generated) == 50 and max(request.generated) < 250
     engine.close()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_float_type_of_the_hub_is_read(tiny_decoder, tmp_path, dtype):
-    state = {name: weight.to(dtype) for name, weight in tiny_decoder.state_dict().items() if name != "lm_head.weight"}
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    weights = read_weights(tmp_path)
-    assert set(weights) == set(state)
-    for name, weight in state.items():
-        assert np.array_equal(weights[name], weight.float().numpy())
-
-
-@pytest.mark.parametrize("change", ["missing", "reshaped"])
-def test_weights_that_do_not_match_are_named(tiny_config, tiny_decoder, change):
-    weights = numpy_weights(tiny_decoder)
-    name = "model.layers.1.mlp.up_proj"
-    if change == "missing":
-        del weights[f"{name}.weight"]
-    else:
-        weights[f"{name}.weight"] = weights[f"{name}.weight"][:-1]
-    with pytest.raises(ModelError, match="do not match"):
-        CpuBackend(tiny_config, weights, n_slots=1)
 
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):

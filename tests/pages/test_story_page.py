@@ -19,7 +19,9 @@ from streamlit.testing.v1 import AppTest
 from streamlit.web.server.starlette.starlette_app_utils import generate_xsrf_token_string
 
 from model.config import BUNDLED_WEIGHTS, CHECKOUT
+from model.engine.cpu_backend import CpuBackend
 from model.engine.engine import Engine
+from model.engine.scheduler import Scheduler
 from model.errors import BusyError
 from model.storyteller import Story, Storyteller
 
@@ -181,7 +183,7 @@ def test_an_example_tells_at_once_and_a_new_story_brings_the_examples_back(app):
 
 
 def test_a_stopped_story_keeps_its_text_and_cannot_be_continued(app):
-    with patch.object(Engine, "_decode", slow(Engine._decode)):
+    with patch.object(Engine, "_guarded_step", slow(Engine._guarded_step)):
         app.text_area(key="prompt").set_value("Once upon a time, a fox found a key")
         press(app, "Tell the story")
         time.sleep(0.3)
@@ -195,10 +197,10 @@ def test_a_stopped_story_keeps_its_text_and_cannot_be_continued(app):
     assert page_of(app) == stopped
 
 
-def slow(decode):
-    def unhurried(engine, requests):
+def slow(step):
+    def unhurried(engine, feeds):
         time.sleep(0.03)
-        decode(engine, requests)
+        step(engine, feeds)
 
     return unhurried
 
@@ -213,7 +215,7 @@ def test_a_story_that_met_its_length_goes_on(app):
 
 def test_telling_anew_stops_the_story_that_was_shown(app):
     """Else two unseen stories could hold the visitor's places with nothing left on the page to stop them."""
-    with patch.object(Engine, "_decode", slow(Engine._decode)):
+    with patch.object(Engine, "_guarded_step", slow(Engine._guarded_step)):
         app.text_area(key="prompt").set_value("a cat")
         for _ in range(4):
             press(app, "Tell the story")
@@ -222,7 +224,7 @@ def test_telling_anew_stops_the_story_that_was_shown(app):
 
 
 def test_a_prompt_that_cannot_be_told_leaves_the_running_story_alone(app):
-    with patch.object(Engine, "_decode", slow(Engine._decode)):
+    with patch.object(Engine, "_guarded_step", slow(Engine._guarded_step)):
         app.text_area(key="prompt").set_value("a cat")
         press(app, "Tell the story")
         app.text_area(key="prompt").set_value(" ")
@@ -232,7 +234,7 @@ def test_a_prompt_that_cannot_be_told_leaves_the_running_story_alone(app):
 
 
 def test_a_shared_story_goes_on_when_its_guest_asks_for_another(app):
-    with patch.object(Engine, "_decode", slow(Engine._decode)):
+    with patch.object(Engine, "_guarded_step", slow(Engine._guarded_step)):
         app.text_area(key="prompt").set_value("a cat")
         press(app, "Tell the story")
         shared = app.session_state["story"]
@@ -256,11 +258,19 @@ def test_a_visitor_is_the_same_after_a_reload():
 
 
 def test_a_failing_engine_leaves_the_text_and_a_sentence(app):
-    with patch.object(Engine, "_decode", side_effect=RuntimeError("out of *ink*")):
+    with patch.object(CpuBackend, "step", side_effect=RuntimeError("out of *ink*")):
         page = ask(app, "Once upon a time, a fox found a key")
     assert r"out of \*ink\*" in app.error[0].value
     assert plain(page).startswith("Once upon a time, a fox found a key")
     assert "Tell another" in labels(app)
+
+
+def test_an_engine_that_had_to_start_afresh_says_so_and_tells_the_next_story(app):
+    with patch.object(Scheduler, "admit", side_effect=RuntimeError("a *slip*")):
+        ask(app, "a cat")
+        assert "start afresh" in app.error[0].value and r"a \*slip\*" in app.error[0].value
+    assert plain(ask(app, "a cat"))
+    assert not app.error
 
 
 @pytest.mark.parametrize(
@@ -274,13 +284,13 @@ def test_a_failing_engine_leaves_the_text_and_a_sentence(app):
 )
 def test_a_waiting_story_says_how_many_are_ahead(app, place, line):
     gate = threading.Event()
-    prefill = Engine._prefill
+    step = Engine._guarded_step
 
-    def held(engine, request):
+    def held(engine, feeds):
         gate.wait(30)
-        prefill(engine, request)
+        step(engine, feeds)
 
-    with patch.object(Engine, "_prefill", held), patch.object(Story, "place_in_queue", place):
+    with patch.object(Engine, "_guarded_step", held), patch.object(Story, "place_in_queue", place):
         app.text_area(key="prompt").set_value("a cat")
         press(app, "Tell the story")
         assert line in page_of(app)
