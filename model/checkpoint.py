@@ -98,7 +98,7 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     """The weights by name, float32; lm_head.weight only where it is not the embeddings.
 
     Raises:
-        ModelError: files missing or damaged, or weights that do not match config.json.
+        ModelError: files missing or damaged, weights that are no numbers or do not match config.json.
     """
     weights = {}
     for file in weight_files(folder):
@@ -113,6 +113,8 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, np.ndarray]:
             if stored == "BF16":  # the upper half of a float32, which numpy has no type for
                 weight = (weight.astype(np.uint32) << 16).view(np.float32)
             weights[name] = weight.astype(np.float32)
+            if not np.isfinite(weights[name]).all():
+                raise ModelError(f"{file} holds infinite numbers or none at all in {name}. Download the model again.")
     # Some exporters store the rotary frequencies, which follow from the config, and a tied head twice.
     weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:

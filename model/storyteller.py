@@ -5,6 +5,7 @@ Plain data crosses it: text, numbers, iterators. Torch is imported only where th
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import threading
@@ -22,6 +23,7 @@ from model.engine.request import FinishReason, Request
 from model.errors import BusyError, InputError, ModelError
 from model.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 Mode = Literal["idea", "opening"]
 MAX_PROMPT_CHARACTERS = 20_000
 N_SLOTS = 64  # stories written at the same time
@@ -312,17 +314,24 @@ class Storyteller:
         folder = find_model(model, progress, folders)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder, config)
-        device = choose_device(device)
-        backend: Any
-        if device == "cpu":
-            from model.engine.cpu_backend import CpuBackend
-
-            backend = CpuBackend(config, read_weights(folder, config), n_slots, tokenizer.vocab_size)
-        else:
+        backend: Any = None
+        if choose_device(device) == "cuda":
             from model.checkpoint import load_decoder
             from model.engine.torch_backend import TorchBackend
 
-            backend = TorchBackend(load_decoder(folder, device), n_slots, tokenizer.vocab_size)
+            try:
+                backend = TorchBackend(load_decoder(folder, "cuda"), n_slots, tokenizer.vocab_size)
+                backend.warm_up()
+            except RuntimeError as error:  # torch's, for a driver or a GPU that it does not suit
+                if device == "cuda":
+                    raise InputError(f"CUDA does not work here ({error}). Use --device cpu.") from error
+                log.warning("CUDA does not work here, so stories are written on the CPU: %s", error)
+                backend = None
+        device = "cuda" if backend else "cpu"
+        if not backend:
+            from model.engine.cpu_backend import CpuBackend
+
+            backend = CpuBackend(config, read_weights(folder, config), n_slots, tokenizer.vocab_size)
         return cls(model or "bundled", config, tokenizer, backend, n_slots, device)
 
     @property

@@ -96,6 +96,15 @@ def test_a_missing_weight_is_named(tiny_decoder, folder):
         load_decoder(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(tiny_decoder, folder, value):
+    state = {name: weight.clone() for name, weight in tiny_decoder.state_dict().items() if name != "lm_head.weight"}
+    state["model.norm.weight"][3] = value
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"infinite numbers or none at all in model.norm.weight"):
+        load_decoder(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_float_type_of_the_hub_is_read(tiny_decoder, folder, dtype):
     state = {name: weight.to(dtype) for name, weight in tiny_decoder.state_dict().items() if name != "lm_head.weight"}

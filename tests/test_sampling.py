@@ -109,8 +109,9 @@ def test_a_token_without_probability_is_never_drawn():
 
 def test_equal_logits_rank_by_id():
     logits_bv = torch.zeros(1, 8).expand(8, -1)
-    noise_b = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
-    assert draw(logits_bv, settle(*[[x] * 8 for x in (1, 0, 1, 0)], 8), noise_b).tolist() == list(range(8))
+    noise_b = torch.arange(8, dtype=torch.float64) / 8  # each token's share of [0, 1) begins with its first number
+    for min_p in (0, 1):
+        assert draw(logits_bv, settle(*[[x] * 8 for x in (1, 0, 1, min_p)], 8), noise_b).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -229,6 +229,22 @@ def test_an_unknown_model_says_where_was_looked(monkeypatch, tmp_path):
         find_model("../mine/../../etc")
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_does_not_work_gives_way_to_the_cpu_unless_it_was_asked_for(tiny_model, monkeypatch, device):
+    def fail(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr("model.storyteller.choose_device", lambda _: "cuda")
+    monkeypatch.setattr("model.checkpoint.load_decoder", fail)
+    if device == "cuda":
+        with pytest.raises(InputError, match="no kernel image"):
+            Storyteller.load(str(tiny_model), device)
+        return
+    with Storyteller.load(str(tiny_model), device) as storyteller:
+        story = storyteller.tell("Ben", SamplingParams(max_tokens=5), mode="opening")
+        assert story.wait(60) and not story.error and storyteller.device == "cpu"
+
+
 def test_cuda_without_cuda_says_so(tiny_model):
     import torch
 

@@ -99,7 +99,9 @@ class CpuBackend:
         kind = np.uint16 if int8 else np.float32  # float16, which numba has no type for
         self._keys = np.zeros((*rows, -(-self.context // PANEL), config.head_dim, PANEL), kind)
         self._values = np.zeros((*rows, self.context, -(-config.head_dim // 32) * 32), kind)
-        # Compiles the kernels, or takes them from their cache; raises ModelError when the weights are no good.
+
+    def warm_up(self) -> None:
+        """Compile the kernels, or take them from their cache."""
         self.step([Feed(Request([0], SamplingParams(seed=0), 0, lambda _: None, lambda *_: None, slot=0), [0])])
 
     def _forward(

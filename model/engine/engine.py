@@ -27,6 +27,9 @@ class Backend(Protocol):
     context: int
     prefill_tokens: int  # prompt tokens read in one step at most, over all its stories
 
+    def warm_up(self) -> None:
+        """Do what would delay the first step."""
+
     def step(self, feeds: Sequence[Feed]) -> list[int]:
         """Read each story's tokens into its slot; return the next token of those that want one, in order."""
 
@@ -85,6 +88,10 @@ class Engine:
 
     def _run(self) -> None:
         """The thread: should it ever die of a fault of ours, its stories are told so and another takes over."""
+        try:
+            self._backend.warm_up()
+        except Exception:  # the first step will meet it again, and tell its reader
+            log.exception("the backend did not warm up")
         try:
             self._loop()
         except BaseException as error:

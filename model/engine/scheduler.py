@@ -33,8 +33,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         assert request not in self.running and request not in self.waiting, "a request is queued once"
-        if len(self.waiting) >= self._max_waiting:
-            raise BusyError(f"{len(self.waiting)} stories are waiting already. Try again in a minute.")
+        # Those for whom a slot is free leave the queue before the next step.
+        if (n_waiting := len(self.waiting) - len(self._free)) >= self._max_waiting:
+            raise BusyError(f"{n_waiting} stories are waiting already. Try again in a minute.")
         self.waiting.append(request)
 
     def admit(self) -> None:
@@ -61,8 +62,8 @@ class Scheduler:
             self.waiting.remove(request)
 
     def place_in_queue(self, request: Request) -> int:
-        """1 for the next to run, 0 when it is not waiting."""
-        return self.waiting.index(request) + 1 if request in self.waiting else 0
+        """1 for the next to run, 0 when it runs or is about to."""
+        return max(0, self.waiting.index(request) + 1 - len(self._free)) if request in self.waiting else 0
 
     @property
     def can_admit(self) -> bool:

@@ -1,26 +1,23 @@
 """Runs the decoder for the engine with torch: on CUDA in bfloat16 with captured decode steps, on a CPU the same code in
 float32 and kernel by kernel, where the tests hold it against the decoder.
 
-A step of a small model on a GPU takes as long as its kernels are many. So the weights are joined and the gains of the
-norms folded into them; a step has its inputs in one buffer, which is uploaded in one copy, and ends with the sampled
-tokens in the same buffer, which are the inputs of the step to come.
+A step of a small model on a GPU takes as long as its kernels are many. So a step has its inputs in one buffer, which is
+uploaded in one copy, and ends with the sampled tokens in the same buffer, which are the inputs of the step to come.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.config import ModelConfig, SamplingParams
+from model.config import SamplingParams
 from model.decoder import Decoder
+from model.engine.joined_decoder import JoinedDecoder
 from model.engine.kv_cache import KVCache, RowsView
 from model.engine.request import Feed, Request, uniform_noise
 from model.errors import ModelError
@@ -28,100 +25,9 @@ from model.sampling import Settings, draw, penalise_repetition, settle
 
 PREFILL_TOKENS = {"cpu": 128, "cuda": 8192}  # prompt tokens in one step
 LEAST_READ = 128  # positions that attention reads, or a power of two times as many
-# Without a choice of ours torch may take cuDNN, which plans anew for every shape, or repeat the keys for each head.
-MASKED_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Rows of the inputs, one column a slot; from TEMPERATURE on their eight bytes are a float64.
 TOKEN, POSITION, LAST, TEMPERATURE, TOP_P, MIN_P, PENALTY, NOISE = range(8)
-
-
-@dataclass(frozen=True)
-class JoinedLayer:
-    """One layer's matrices [out, in]. Heads of a group stand apart: h counts (head in the group, group)."""
-
-    heads: Tensor  # queries, keys, values; then the same with each head's halves swapped and the second negated
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-class JoinedDecoder:
-    """The decoder's weights and forward pass in fewer and larger pieces; letters as in model/decoder.py, n = b * t.
-
-    The rotation x * cos + turned(x) * sin takes two kernels when `turned(x)` comes out of the same product as x. Values
-    turn by nothing. The head stays in float32: rounded logits would tie.
-    """
-
-    def __init__(self, decoder: Decoder, n_ids: int, dtype: torch.dtype):
-        config, self.dtype = decoder.config, dtype
-        self.eps, self.head_dim = config.rms_norm_eps, config.head_dim
-        self.n_groups, self.n_heads = config.num_key_value_heads, config.num_attention_heads
-        weights = {name: weight.detach().float() for name, weight in decoder.state_dict().items()}
-        self.embed_vd = weights["model.embed_tokens.weight"].to(dtype)
-        self.head_vd = (weights["lm_head.weight"] * weights["model.norm.weight"])[:n_ids].contiguous()
-        self.layers = [self._join(config, weights, f"model.layers.{i}") for i in range(config.num_hidden_layers)]
-        self.rotation_p2hk = self._rotation(decoder)
-
-    def _join(self, config: ModelConfig, weights: dict[str, Tensor], layer: str) -> JoinedLayer:
-        k, g, d = self.head_dim, self.n_groups, config.hidden_size
-
-        def take(name: str) -> Tensor:
-            return weights[f"{layer}.{name}.weight"]
-
-        q_hkd = take("self_attn.q_proj").view(g, -1, k, d).transpose(0, 1).reshape(-1, k, d)
-        kv = [take(f"self_attn.{name}_proj").view(g, k, d) for name in "kv"]
-        heads_hkd = torch.cat([q_hkd, *kv])
-        first, second = heads_hkd.chunk(2, dim=1)
-        heads_2hkd = torch.stack([heads_hkd, torch.cat([-second, first], dim=1)])
-        out = take("self_attn.o_proj").view(d, g, -1, k).transpose(1, 2).reshape(d, -1)
-        gate_up = torch.cat([take("mlp.gate_proj"), take("mlp.up_proj")])
-        return JoinedLayer(
-            heads=(heads_2hkd.view(-1, d) * take("input_layernorm")).to(self.dtype),
-            out=out.to(self.dtype),
-            gate_up=(gate_up * take("post_attention_layernorm")).to(self.dtype),
-            down=take("mlp.down_proj").to(self.dtype),
-        )
-
-    def _rotation(self, decoder: Decoder) -> Tensor:
-        """Cosines and sines for all heads at every position, the scratch one included; float32."""
-        positions = decoder.model.positions
-        n, n_turned = len(positions.cos_sk), self.n_heads + self.n_groups
-        rotation_p2hk = positions.cos_sk.new_zeros(n + 1, 2, n_turned + self.n_groups, self.head_dim)
-        rotation_p2hk[:, 0] = 1
-        rotation_p2hk[:n, 0, :n_turned] = positions.cos_sk.unsqueeze(1)
-        rotation_p2hk[:n, 1, :n_turned] = positions.sin_sk.unsqueeze(1)
-        return rotation_p2hk
-
-    def hidden(self, tokens_bt: Tensor, view: RowsView) -> Tensor:
-        """What the last layer leaves for each token, [b, t, d]."""
-        b, t = tokens_bt.shape
-        n_turns = self.n_heads // self.n_groups
-        x_nd = F.embedding(tokens_bt.flatten(), self.embed_vd)
-        cos_bthk, sin_bthk = self.rotation_p2hk[view.positions_bt].unbind(2)
-        # A group's heads take turns along time (u = t * turns): attention kernels that take a mask know no groups.
-        mask_b1us = view.mask_b1ts.unsqueeze(3).expand(-1, -1, -1, n_turns, -1).reshape(b, 1, t * n_turns, -1)
-        with sdpa_kernel(MASKED_ATTENTION) if x_nd.is_cuda else contextlib.nullcontext():
-            for layer, weights in enumerate(self.layers):
-                both_bt2hk = F.linear(self._normed(x_nd), weights.heads).view(b, t, 2, -1, self.head_dim)
-                plain_bthk, turned_bthk = both_bt2hk.unbind(2)
-                heads_bthk = x_nd.new_empty(plain_bthk.shape)
-                torch.addcmul(plain_bthk * cos_bthk, turned_bthk, sin_bthk, out=heads_bthk)
-                q_bthk, kv_btck = heads_bthk.tensor_split([self.n_heads], dim=2)
-                q_bguk = q_bthk.reshape(b, t * n_turns, self.n_groups, -1).transpose(1, 2)
-                k_bgsk, v_bgsk = view.extend(layer, kv_btck.transpose(1, 2))
-                y_bguk = F.scaled_dot_product_attention(q_bguk, k_bgsk, v_bgsk, attn_mask=mask_b1us)
-                x_nd.addmm_(y_bguk.transpose(1, 2).reshape(b * t, -1), weights.out.t())
-                gate_nf, up_nf = F.linear(self._normed(x_nd), weights.gate_up).chunk(2, dim=-1)
-                x_nd.addmm_(F.silu(gate_nf).mul_(up_nf), weights.down.t())
-        return x_nd.view(b, t, -1)
-
-    def _normed(self, x_nd: Tensor) -> Tensor:
-        """RMSNorm less its gain; computed in float32 whatever x is."""
-        return F.rms_norm(x_nd, x_nd.shape[1:], eps=self.eps)
-
-    def logits(self, x_nd: Tensor) -> Tensor:
-        """Float32 logits [n, v] of the tokens that stand for text."""
-        return F.linear(self._normed(x_nd.float()), self.head_vd)
 
 
 @dataclass
@@ -186,6 +92,13 @@ class TorchBackend:
 
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if (self._on_cuda if capture is None else capture) else None
+
+    def warm_up(self) -> None:
+        """Let the libraries set themselves up, and capture the step of a first story."""
+        request = Request([0, 0], SamplingParams(seed=0), 0, lambda _: None, lambda *_: None, slot=0)
+        self.step([Feed(request, request.prompt)])
+        request.n_cached = 2
+        self.step([Feed(request, [0])])
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed]) -> list[int]:
@@ -304,8 +217,8 @@ class TorchBackend:
         graph.replay()
 
     def _captured(self, n_rows: int, n_read: int, penalised: bool) -> torch.cuda.CUDAGraph:
-        kept = self._inputs.clone()
-        self._inputs[POSITION] = self.cache.scratch  # the rehearsal, in which libraries set themselves up, is nobody's
+        # A rehearsal, in which libraries set themselves up. What it writes is written again, but for the tokens.
+        tokens_b = self._inputs[TOKEN].clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -315,7 +228,7 @@ class TorchBackend:
         # What other threads do on the device must not spoil the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._decode(n_rows, n_read, penalised)
-        self._inputs.copy_(kept)
+        self._inputs[TOKEN] = tokens_b
         return graph
 
     def _decode(self, n_rows: int, n_read: int, penalised: bool) -> None:
@@ -349,7 +262,7 @@ class TorchBackend:
             drawn.append(self._read_together([feeds[i] for i in group], penalised))
         tokens = dict(zip(wanting, torch.cat(drawn).tolist(), strict=True))
         if -1 in tokens.values():
-            raise ModelError("the model's weights give no numbers. Choose another model.")
+            raise ModelError("The model's weights give no numbers. Choose another model.")
         return [tokens[i] for i in sorted(wanting)]
 
     def _read_together(self, feeds: list[Feed], penalised: bool) -> Tensor:

@@ -192,11 +192,13 @@ def test_the_repetition_penalty_is_that_of_the_torch_sampler(tiny_config):
     assert n_changed > 5
 
 
-def test_weights_that_give_no_numbers_are_refused(tiny_config, tiny_decoder):
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_weights_that_give_no_numbers_are_an_error_not_a_crash(tiny_config, tiny_decoder, temperature):
     weights = numpy_weights(tiny_decoder)
     weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
+    request = Request([1, 2], SamplingParams(temperature=temperature, seed=1), 1, print, print, slot=0)
     with pytest.raises(ModelError, match="no numbers"):
-        CpuBackend(tiny_config, weights, n_slots=1)
+        CpuBackend(tiny_config, weights, n_slots=1).step([Feed(request, [1, 2])])
 
 
 def test_a_padded_model_never_writes_a_token_without_text(tiny_config):

@@ -1,7 +1,9 @@
 """The torch backend against a plain loop without cache or batch, through the engine and step by step."""
 
+import contextlib
 import dataclasses
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from model.config import BUNDLED_WEIGHTS, SamplingParams
 from model.decoder import Decoder
 from model.engine import torch_backend
 from model.engine.engine import Engine
+from model.engine.joined_decoder import JoinedDecoder
 from model.engine.kv_cache import KVCache, RowsView
 from model.engine.request import Feed, FinishReason, Request, uniform_noise
-from model.engine.torch_backend import JoinedDecoder, TorchBackend
+from model.engine.torch_backend import TorchBackend
 from model.errors import ModelError
 from model.sampling import sample
 
@@ -235,9 +238,9 @@ def test_rows_with_a_penalty_and_without_share_steps(tiny_decoder):
         advance(backend, stories)
     for story in stories:
         assert story.generated == tell_plainly(tiny_decoder, story.prompt, story.params)
-    # The slot's next story has no penalty: what the other has left in the mask is not counted.
-    after = new_request([1, 77], plain, slot=1)
-    assert tell(backend, after) == tell_plainly(tiny_decoder, after.prompt, plain)
+    for penalty in (1.0, 1.3):  # what the slot's story has left in the mask does not count for the next
+        params = dataclasses.replace(plain, temperature=1.5, repetition_penalty=penalty)
+        assert tell(backend, new_request([1, 77], params, slot=1)) == tell_plainly(tiny_decoder, [1, 77], params)
 
 
 def test_a_padded_vocabulary_never_gives_a_token_without_text(tiny_decoder):
@@ -287,6 +290,22 @@ def test_a_wrong_guess_changes_nothing(counted, tiny_decoder):
         assert story.generated == tell_plainly(tiny_decoder, story.prompt, story.params)
 
 
+def test_a_guess_counts_only_for_its_token_and_slot(counted, tiny_decoder):
+    backend, _ = counted
+    moving, forced = (new_request([1, 20], SamplingParams(max_tokens=20, temperature=0.8, seed=3), 0) for _ in "ab")
+    for _ in range(10):
+        advance(backend, [moving])
+    backend.cache.rows_lbcsk[:, 2] = backend.cache.rows_lbcsk[:, 0]
+    moving.slot = 2
+    assert tell(backend, moving) == tell_plainly(tiny_decoder, moving.prompt, moving.params)
+    advance(backend, [forced])
+    advance(backend, [forced])
+    forced.generated[-1] = 123  # not what was drawn
+    prompt = forced.window
+    expected = tell_plainly(tiny_decoder, prompt, dataclasses.replace(forced.params, max_tokens=18))
+    assert tell(backend, forced) == prompt[2:] + expected
+
+
 def test_a_guess_is_dropped_when_its_slot_is_read_into(counted, tiny_decoder):
     """A story stops; another with the same beginning overwrites one position; then the first goes on."""
     backend, _ = counted
@@ -313,6 +332,53 @@ def test_noise_of_many_is_that_of_each(tiny_decoder):
     assert backend._noise(requests, list(range(5))).tolist() == [request.noise for request in requests]
     expected = [uniform_noise(seed, i + 4) for i, seed in enumerate(seeds)]
     assert backend._noise(requests, list(range(5)), n_ahead=3).tolist() == expected
+
+
+# Graphs.
+
+
+class PretendedGraph:
+    """Runs again what was called while it was captured, and runs it when it is captured, too."""
+
+    capturing = None
+
+    @contextlib.contextmanager
+    def capture(self, **_):
+        PretendedGraph.capturing, self.calls = self, []
+        yield
+        PretendedGraph.capturing = None
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_capturing_leaves_no_trace(tiny_decoder, short_reads, monkeypatch, look_ahead):
+    """A new size is rehearsed in the midst of stories, some of their tokens only on the device."""
+    for name in ("Stream", "current_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", PretendedGraph.capture)
+    backend = TorchBackend(tiny_decoder, n_slots=4, capture=True, look_ahead=look_ahead)
+    decode = backend._decode
+
+    def recorded(*size):
+        decode(*size)
+        if PretendedGraph.capturing:
+            PretendedGraph.capturing.calls.append(lambda: decode(*size))
+
+    backend._decode = recorded
+    stories = []
+    for slot in range(4):
+        stories.append(new_request([1, 20 + slot], SamplingParams(max_tokens=30, temperature=0.9, seed=slot), slot))
+        for _ in range(8):
+            advance(backend, stories)
+    assert len(backend._graphs) > 4
+    for story in stories:
+        params = dataclasses.replace(story.params, max_tokens=len(story.generated))
+        assert story.generated == tell_plainly(tiny_decoder, story.prompt, params)
 
 
 # The joined weights.
@@ -353,11 +419,11 @@ def cuda_decoder():
     return load_decoder(BUNDLED_WEIGHTS, "cuda")
 
 
-def tell_bundled(backend, n_tokens=60):
+def tell_bundled(backend, penalty, n_tokens=60):
     """Greedy and sampled stories of the bundled model, joining one after the other."""
     stories = []
     for slot, params in enumerate(SETTINGS * 2):
-        params = dataclasses.replace(params, max_tokens=n_tokens)
+        params = dataclasses.replace(params, repetition_penalty=penalty)
         stories.append(new_request(PROMPTS[slot % 6], params, slot))
         advance(backend, stories[-1:])
         advance(backend, stories)
@@ -368,9 +434,10 @@ def tell_bundled(backend, n_tokens=60):
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_steps_equal_eager_ones(cuda_decoder, dtype):
-    captured = tell_bundled(TorchBackend(cuda_decoder, 12, dtype=dtype))
-    eager = tell_bundled(TorchBackend(cuda_decoder, 12, dtype=dtype, capture=False, look_ahead=False))
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_captured_steps_equal_eager_ones(cuda_decoder, dtype, penalty):
+    captured = tell_bundled(TorchBackend(cuda_decoder, 12, dtype=dtype), penalty)
+    eager = tell_bundled(TorchBackend(cuda_decoder, 12, dtype=dtype, capture=False, look_ahead=False), penalty)
     assert captured == eager
 
 
