@@ -83,7 +83,7 @@ def bench(model: str | None, device: str, peers: bool, report: Callable[[str], N
     for name, by_size in figures.items():
         results[name] = {size: statistics.median(values) for size, values in by_size.items()}
     for name in others:
-        ours = "fp32_tokens_per_second" if name == "llama.cpp f32" else "tokens_per_second"
+        ours = "fp32_tokens_per_second" if name in ("llama.cpp f32", "llama.cpp f16") else "tokens_per_second"
         ratios = {n: results[ours][n] / results[name][n] for n in PEER_STREAMS}
         results[f"{'fp32' if ours.startswith('fp32') else 'ours'} / {name}"] = ratios
     return results
