@@ -120,23 +120,101 @@ def evaluate(data: Path, model: str | None, device: str, int8: bool, as_json: bo
             click.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
 
 
-@main.command()
-@click.option(
+def _prepare_data(
+    folder: Path,
+    datasets: tuple[str, ...],
+    data_root: Path | None,
+    initial: Path | None,
+    context: int,
+    vocab_size: int,
+    seed: int,
+    validation: tuple[Path, ...] = (),
+) -> None:
+    """Prepare training data in `folder`, unless it is there already from the same order."""
+    from model.checkpoint import load_tokenizer, read_config
+    from model.hub.pull import pull_dataset
+    from model.training.data import prepare, read_rows, resolve_sources
+
+    asked = {"datasets": list(datasets), "context": context, "vocab_size": vocab_size, "seed": seed}
+    if initial:
+        asked["init"] = str(initial)
+    if not (folder / "data.json").is_file():
+        click.echo("Preparing the data ...", err=True)
+        sources = resolve_sources(datasets, lambda repo: pull_dataset(repo, partial(click.echo, err=True)), data_root)
+        tokenizer = load_tokenizer(initial, read_config(initial)) if initial else None
+        texts = {path.name: [row["text"] for row in read_rows(path)] for path in validation}
+        summary = prepare(sources, folder, context, vocab_size, tokenizer, seed, asked, texts)
+        click.echo(json.dumps(summary, indent=2), err=True)
+    elif json.loads((folder / "data.json").read_text()).get("asked") != asked:
+        raise InputError(f"{folder} was prepared from other data or settings. Choose another --out, or delete it.")
+
+
+DATASETS = click.option(
     "--dataset",
     "datasets",
     multiple=True,
     required=True,
     help="A JSONL, TXT or Parquet file, a Hub data set id, or a TOML recipe. May be given several times.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; resumes what it holds.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where a recipe's files lie. Default: beside it.")
-@click.option("--vocab-size", type=WHOLE, default=SHAPE.vocab_size)
-@click.option(
-    "--context",
-    type=WHOLE,
-    default=SHAPE.max_position_embeddings,
-    help="Longest sequence, in tokens.",
+OUT = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; resumes what it holds."
 )
+DATA_ROOT = click.option(
+    "--data-root", type=click.Path(path_type=Path), help="Where a recipe's files lie. Default: beside it."
+)
+INIT = click.option("--init", help="A model to go on from, as in --model; its shape and tokenizer count.")
+VOCAB_SIZE = click.option("--vocab-size", type=WHOLE, default=SHAPE.vocab_size)
+CONTEXT = click.option(
+    "--context", type=WHOLE, default=SHAPE.max_position_embeddings, help="Longest sequence, in tokens."
+)
+
+
+@main.group()
+def data() -> None:
+    """Training data."""
+
+
+@data.command()
+@DATASETS
+@OUT
+@DATA_ROOT
+@INIT
+@VOCAB_SIZE
+@CONTEXT
+@click.option("--seed", default=1)
+@click.option(
+    "--validation",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text that must not be trained on: what the corpus holds of it is counted. May be given several times.",
+)
+def build(
+    datasets: tuple[str, ...],
+    out: Path,
+    data_root: Path | None,
+    init: str | None,
+    vocab_size: int,
+    context: int,
+    seed: int,
+    validation: tuple[Path, ...],
+) -> None:
+    """Prepare a corpus for `taleloom train --out OUT` with the same options; print counts and contamination."""
+    from model.checkpoint import read_config
+    from model.storyteller import find_model
+
+    initial = find_model(init, _progress) if init else None
+    if initial:
+        context = read_config(initial).max_position_embeddings
+    _prepare_data(out / "data", datasets, data_root, initial, context, vocab_size, seed, validation)
+
+
+@main.command()
+@DATASETS
+@OUT
+@DATA_ROOT
+@INIT
+@VOCAB_SIZE
+@CONTEXT
 @click.option("--width", type=WHOLE, default=SHAPE.hidden_size)
 @click.option("--layers", type=WHOLE, default=SHAPE.num_hidden_layers)
 @click.option("--heads", type=WHOLE, default=SHAPE.num_attention_heads)
@@ -157,6 +235,12 @@ def evaluate(data: Path, model: str | None, device: str, int8: bool, as_json: bo
 @click.option("--muon-lr", type=POSITIVE, default=TrainingConfig.muon_lr)
 @click.option("--adamw-lr", type=POSITIVE, default=TrainingConfig.adamw_lr)
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=TrainingConfig.weight_decay)
+@click.option(
+    "--decay-fraction",
+    type=click.FloatRange(0, 1),
+    default=TrainingConfig.decay_fraction,
+    help="Last part of the run, in which the learning rates fall to zero.",
+)
 @click.option("--save-every", type=WHOLE, default=TrainingConfig.save_every, help="Steps between checkpoints.")
 @click.option("--max-steps", type=WHOLE, help="Stop earlier than the end of the data.")
 @click.option("--seed", default=1)
@@ -165,6 +249,7 @@ def train(
     datasets: tuple[str, ...],
     out: Path,
     data_root: Path | None,
+    init: str | None,
     vocab_size: int,
     context: int,
     width: int,
@@ -177,32 +262,29 @@ def train(
     device: str,
     **settings: Any,
 ) -> None:
-    """Train a storyteller from the beginning; run it again to go on after an interruption.
+    """Train a storyteller, from the beginning or from another; run it again to go on after an interruption.
 
     With several GPUs: torchrun --nproc-per-node N -m model.cli train ...
     """
-    from model.hub.pull import pull_dataset
-    from model.storyteller import choose_device
-    from model.training.data import PreparedData, prepare, resolve_sources
+    from model.checkpoint import read_config
+    from model.storyteller import choose_device, find_model
+    from model.training.data import PreparedData
     from model.training.loop import TrainingRun
 
     if width % heads:
         raise InputError(f"--heads {heads} does not divide --width {width}.")
+    initial = find_model(init, _progress) if init else None
+    model_config = read_config(initial) if initial else None
+    if model_config:
+        context = model_config.max_position_embeddings
     rank = int(os.environ.get("RANK", 0))
     data_folder = out / "data"
-    asked = {"datasets": list(datasets), "context": context, "vocab_size": vocab_size, "seed": settings["seed"]}
     while rank > 0 and not (data_folder / "data.json").is_file():
         time.sleep(1)  # process 0 prepares; data.json is the last file it writes
-    if not (data_folder / "data.json").is_file():
-        click.echo("Preparing the data ...", err=True)
-        sources = resolve_sources(datasets, lambda repo: pull_dataset(repo, partial(click.echo, err=True)), data_root)
-        summary = prepare(sources, data_folder, context, vocab_size, seed=settings["seed"], asked=asked)
-        click.echo(json.dumps(summary, indent=2), err=True)
-    elif json.loads((data_folder / "data.json").read_text()).get("asked") != asked:
-        raise InputError(f"{data_folder} was prepared from other data or settings. Choose another --out, or delete it.")
+    _prepare_data(data_folder, datasets, data_root, initial, context, vocab_size, settings["seed"])
     data = PreparedData.open(data_folder)
     try:
-        model_config = ModelConfig(
+        model_config = model_config or ModelConfig(
             vocab_size=data.tokenizer.vocab_size,
             hidden_size=width,
             intermediate_size=mlp_width,
@@ -229,7 +311,7 @@ def train(
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 
-        run = TrainingRun(out, data, model_config, config, choose_device(device), report)
+        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial)
         if rank == 0:
             _progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
         run.run()
@@ -274,6 +356,60 @@ def export(model: str | None, form: str, out: Path, kind: str | None) -> None:
     else:
         export_hf(folder, out)
     click.echo(f"The storyteller is in {out}")
+
+
+@main.group()
+def worlds() -> None:
+    """Story worlds: consistent little stories from plain data (docs/worlds.md)."""
+
+
+FOLDER = click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where the worlds are. Default: the bundled ones."
+)
+WORLD = click.option("--world", "names", multiple=True, help="Only this world. May be given several times.")
+
+
+@worlds.command()
+@click.option("--n", default=1000, type=WHOLE, help="How many stories.")
+@click.option("--seed", default=1, help="The same seed writes the same stories.")
+@click.option("--out", type=click.Path(path_type=Path), help="A JSONL file. Default: standard output.")
+@WORLD
+@FOLDER
+def expand(n: int, seed: int, out: Path | None, names: tuple[str, ...], folder: Path | None) -> None:
+    """Tell N different stories, the worlds in turn, as JSON lines with prompts."""
+    from model.checkpoint import write_atomically
+    from model.worlds.world import BUNDLED, expand, read_worlds
+
+    lines = [json.dumps(story) for story in expand(read_worlds(folder or BUNDLED, names), n, seed)]
+    if out:
+        write_atomically(out, "".join(line + "\n" for line in lines))
+        click.echo(f"{len(lines):,} stories are in {out}", err=True)
+    else:
+        for line in lines:
+            click.echo(line)
+    if len(lines) < n:
+        _progress(f"The worlds have only {len(lines):,} different stories to tell.")
+
+
+@worlds.command()
+@WORLD
+@FOLDER
+@click.option("--stories", default=0, help="Also print so many stories of each.")
+def check(names: tuple[str, ...], folder: Path | None, stories: int) -> None:
+    """Find what a reader would object to."""
+    from model.worlds.check import check
+    from model.worlds.world import BUNDLED, read_worlds
+
+    found = 0
+    for world in read_worlds(folder or BUNDLED, names):
+        complaints = check(world)
+        found += len(complaints)
+        click.echo(f"{world.name}: " + ("\n  ".join(["", *complaints]) if complaints else "nothing found"))
+        for seed in range(stories):
+            story = world.tell(seed)
+            click.echo(f"\n[{story['prompt']}]\n{story['title']}\n{story['text']}")
+    if found:
+        raise TaleloomError(f"{found} complaints.")
 
 
 @main.command()

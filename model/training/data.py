@@ -12,7 +12,7 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ import numpy as np
 from model.checkpoint import write_atomically
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from model.training.contamination import contamination
 from model.training.ideas import idea_for
+from model.worlds.world import expand, read_worlds
 
 # Stories with these words are left out: the readers are children.
 UNSUITABLE = re.compile(
@@ -40,11 +42,16 @@ HELD_OUT_SHARE = 0.01
 class Source:
     """One corpus of the mix: how often it is read in each part of training, and which of its rows count."""
 
-    path: str
+    path: str = ""
+    worlds: int = 0  # instead of a file: so many stories of the bundled story worlds
     epochs: float = 1.0
     anneal_epochs: float = 0.0  # read again in the last part, while the learning rate falls
     idea_share: float = 0.4  # part of its stories told from an idea
     where: Mapping[str, list[str]] = field(default_factory=dict)  # field -> values that a row may have
+
+    @property
+    def name(self) -> str:
+        return "story worlds" if self.worlds else self.path
 
     def wants(self, row: Mapping[str, Any]) -> bool:
         return all(str(row.get(name)) in values for name, values in self.where.items())
@@ -61,8 +68,8 @@ def read_recipe(path: Path) -> list[Source]:
         sources = [Source(**table) for table in tables] if tables else []
     except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
         raise InputError(f"The recipe {path} cannot be used: {error}") from error
-    if not sources:
-        raise InputError(f"The recipe {path} names no [[source]].")
+    if not sources or not all(source.name for source in sources):
+        raise InputError(f"The recipe {path} names no [[source]], or one without a path.")
     return sources
 
 
@@ -114,6 +121,13 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
+def _rows(source: Source, paths: Iterable[Path], seed: int) -> Iterator[dict[str, Any]]:
+    if source.worlds:
+        yield from expand(read_worlds(), source.worlds, seed)
+    for path in paths:
+        yield from read_rows(path)
+
+
 def resolve_sources(
     datasets: Iterable[str], pull: Callable[[str], list[Path]], root: Path | None = None
 ) -> list[tuple[Source, list[Path]]]:
@@ -126,7 +140,7 @@ def resolve_sources(
         path = Path(dataset)
         if path.suffix == ".toml":
             base = root or path.parent
-            resolved += [(source, [base / source.path]) for source in read_recipe(path)]
+            resolved += [(s, [] if s.worlds else [base / s.path]) for s in read_recipe(path)]
         elif path.exists() or path.suffix in (".jsonl", ".txt", ".parquet"):
             resolved.append((Source(dataset), [path]))
         else:
@@ -202,11 +216,13 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     seed: int = 1,
     asked: dict[str, Any] | None = None,
+    validation: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Write tokenizer.model, rows.bin, heldout.jsonl and data.json into `out`; return what data.json says.
 
     Without a tokenizer one is trained on the stories, each source as often as the mix reads it (up to 4 times).
     `asked` is what the caller was asked for; it is kept, so that the next run can tell whether it wants the same.
+    `validation` names texts that must not be trained on: what the corpus holds of them is reported (`contamination`).
 
     Raises:
         InputError: no usable story in the files.
@@ -219,19 +235,19 @@ def prepare(
     for source, paths in sources:
         kept: list[tuple[dict[str, Any], str]] = []
         n_read = n_unsuitable = 0
-        for row in (row for path in paths for row in read_rows(path)):
+        for row in _rows(source, paths, seed):
             if not source.wants(row):
                 continue
             n_read += 1
             text = clean(row.pop("text"))
             if UNSUITABLE.search(text):
                 n_unsuitable += 1
-            elif text and is_held_out(text):
-                held_out.append({"source": source.path, "text": text})
+            elif text and is_held_out(text) and not source.worlds:  # a world's stories are too much alike to judge by
+                held_out.append({"source": source.name, "text": text})
             elif text:
                 kept.append((row, text))
         stories.append((source, kept))
-        counts[source.path] = {"read": n_read, "unsuitable": n_unsuitable, "kept": len(kept)}
+        counts[source.name] = {"read": n_read, "unsuitable": n_unsuitable, "kept": len(kept)}
     if not any(kept for _, kept in stories):
         raise InputError("There is no story to train on in these files.")
 
@@ -283,6 +299,9 @@ def prepare(
         "held_out": len(held_out),
         "sources": counts,
     }
+    if validation:
+        texts = [text for _, kept in stories for _, text in kept]
+        summary["contamination"] = {name: contamination(texts, others) for name, others in validation.items()}
     write_atomically(out / "data.json", json.dumps(summary, indent=2))
     return summary
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model.checkpoint import save_model, write_atomically
+from model.checkpoint import load_decoder, save_model, write_atomically
 from model.config import ModelConfig, TrainingConfig
 from model.decoder import Decoder
 from model.errors import ModelError, TaleloomError
@@ -37,7 +37,7 @@ class TrainingRun:
     """One run in its folder: checkpoint.safetensors, metrics.jsonl, and the finished model in `model/`.
 
     `report` receives a dict per step: step, steps, loss, lr_scale, tokens_per_second, eta_s and, when evaluated,
-    held_out_bits_per_byte.
+    held_out_bits_per_byte. `initial` is a model folder whose weights the run starts from, instead of random ones.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class TrainingRun:
         config: TrainingConfig,
         device: str = "cpu",
         report: Callable[[dict[str, Any]], None] = lambda _: None,
+        initial: Path | None = None,
     ):
         self.folder, self.data, self.config, self.report = Path(folder), data, config, report
         self.rank = int(os.environ.get("RANK", 0))
@@ -64,7 +65,10 @@ class TrainingRun:
                 f"{config.rows_per_step} rows per step cannot be shared by {self.n_processes} processes."
             )
         torch.manual_seed(config.seed)
-        self.decoder = Decoder(model_config).to(self.device)
+        self.decoder = Decoder(model_config) if initial is None else load_decoder(initial)
+        if self.decoder.config != model_config:
+            raise TaleloomError(f"{initial} has another shape than the model to be trained.")
+        self.decoder.to(self.device)
         self.optimizer = Optimizer(self.decoder, config)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
         if not self.n_steps:

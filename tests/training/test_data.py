@@ -20,6 +20,7 @@ from model.training.data import (
     token_pieces,
 )
 from model.training.ideas import hero, idea_for, key_words
+from model.worlds.world import expand, read_worlds
 
 
 def test_clean_keeps_the_story_and_drops_what_surrounds_it():
@@ -150,3 +151,13 @@ def test_the_bundled_recipe_reads(tmp_path):
     sources = read_recipe(CHECKOUT / "model/training/taleloom.toml")
     assert {source.path for source in sources} >= {"tinystories-train.jsonl", "taleloom-stories.jsonl"}
     assert not any("valid" in source.path or "pirate" in source.path for source in sources)
+
+
+def test_story_worlds_are_a_source_and_never_held_out(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[[source]]\nworlds = 150\nidea_share = 1.0\n")
+    sources = resolve_sources([str(recipe)], pull=lambda repo: [])
+    stories = [story["text"] for story in expand(read_worlds(), 150, 1)]
+    summary = prepare(sources, tmp_path / "data", 512, 400, validation={"itself": stories[:10], "other": ["x y z"]})
+    assert summary["sources"]["story worlds"]["kept"] > 90 and summary["held_out"] == 0
+    assert summary["contamination"]["itself"]["exact"] == 10 and summary["contamination"]["other"]["exact"] == 0

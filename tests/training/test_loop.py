@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, and says what is wrong."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -152,6 +153,16 @@ def test_a_damaged_checkpoint_is_named(data, tiny_config, tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
     with pytest.raises(ModelError, match="damaged"):
         TrainingRun(tmp_path, data, tiny_config, CONFIG).run()
+
+
+def test_a_run_goes_on_from_another_model(data, tiny_config, tmp_path):
+    first = TrainingRun(tmp_path / "first", data, tiny_config, CONFIG)
+    first.run()
+    second = TrainingRun(tmp_path / "second", data, tiny_config, CONFIG, initial=tmp_path / "first" / "model")
+    assert second.evaluate() == pytest.approx(first.evaluate(), rel=0.02), "up to rounding"
+    with pytest.raises(TaleloomError, match="another shape"):
+        other = dataclasses.replace(tiny_config, num_hidden_layers=1)
+        TrainingRun(tmp_path / "third", data, other, CONFIG, initial=tmp_path / "first" / "model")
 
 
 def test_too_little_data_says_so(data, tiny_config, tmp_path):
