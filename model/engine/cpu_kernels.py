@@ -12,6 +12,7 @@ are padded to a multiple of 64 with zeros.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -29,11 +30,20 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def kernel(function: Any) -> Any:
-    """Compile without the interpreter lock; cached on disk where a folder can be written."""
+    """Compile without the interpreter lock; cached on disk where and while that can be written."""
+    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True, fastmath=FAST, error_model="numpy")(function)
+        return numba.njit(**options)(function)
+    save = compiled._cache.save_overload
+
+    def save_if_possible(*arguments: Any) -> None:
+        with contextlib.suppress(OSError):  # the disk is full: compiled it is all the same
+            save(*arguments)
+
+    compiled._cache.save_overload = save_if_possible
+    return compiled
 
 
 def instructions(generate: Any) -> Any:

@@ -12,10 +12,13 @@ WORTH_A_SLOT = 16  # cached tokens; for fewer in common the lowest slot is bette
 
 def n_common(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:  # compared without Python's loop, as whole prompts are
+        return n
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
-    return min(len(a), len(b))
+    return n
 
 
 class Scheduler:

@@ -16,6 +16,7 @@ import torch
 
 from model.config import ModelConfig, SamplingParams
 from model.decoder import Decoder
+from model.engine import cpu_kernels
 from model.engine.cpu_backend import CpuBackend, quantise
 from model.engine.cpu_kernels import pick
 from model.engine.engine import Engine
@@ -215,8 +216,6 @@ def test_a_padded_model_never_writes_a_token_without_text(tiny_config):
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
     """numba raises at once when neither the package's folder nor the user's cache is writable."""
-    from model.engine import cpu_kernels
-
     real = numba.njit
 
     def njit(*arguments, cache=False, **options):
@@ -226,6 +225,20 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
 
     monkeypatch.setattr(numba, "njit", njit)
     assert cpu_kernels.kernel(lambda x: x + 1)(2) == 3
+
+
+def test_a_full_disk_does_not_end_stories(monkeypatch):
+    """numba keeps what it compiled, and then raises for not having saved it: every first call would fail."""
+
+    def save(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numba.core.caching.FunctionCache, "save_overload", save)
+
+    def twice(x):
+        return 2 * x
+
+    assert cpu_kernels.kernel(twice)(4) == 8
 
 
 def test_telling_on_a_cpu_imports_no_torch(tiny_model):
