@@ -31,7 +31,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 def kernel(function: Any) -> Any:
     """Compile without the interpreter lock; cached on disk where and while that can be written."""
-    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    options: Any = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
