@@ -30,7 +30,7 @@ def check(world: World) -> list[str]:
         return [str(error)]
     for beat in world.beats:
         for telling in beat.tellings:
-            literal = max(re.split(r"\{[^}]*\}|\[[^\]]*\]|a\(n\)|\n|\s{2,}", telling.text), key=len).strip()
+            literal = max(re.split(r"\{[^}]*\}|\[[^\]]*\]|[Aa]\(n\)|\n|\s{2,}", telling.text), key=len).strip()
             if len(literal) > 8 and not any(literal in text for text in texts):
                 complaints.append(f"beat {beat.name}: never told: {telling.text[:70]!r}")
     for text in texts:

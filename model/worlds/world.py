@@ -114,12 +114,14 @@ class World:
             state = self._choose(rng)
             paragraphs = self._told(state, rng) if state is not None else None
             if state is not None and paragraphs:
+                text = "\n".join(paragraphs)
                 words = [self._render(word, state, rng) for word in self.words]
+                words = [word for word in words if re.search(rf"\b{re.escape(word)}", text, re.IGNORECASE)]
                 words = rng.sample(words, min(len(words), rng.choice((2, 3))))
                 asks_words = bool(words) and rng.random() < 0.15
                 idea = self._render(rng.choice(self.ideas), state, rng)
                 return {
-                    "text": "\n".join(paragraphs),
+                    "text": text,
                     "prompt": "Use the words: " + ", ".join(words) if asks_words else idea,
                     "kind": "words" if asks_words else "idea",
                     "words": words,
