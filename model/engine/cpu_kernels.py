@@ -1,8 +1,9 @@
 """The decoder's forward pass and the sampler on a CPU, compiled by numba, at int8 or float32 precision.
 
 All kernels are here: numba's cache watches a single file. Every product of a matrix with activations, attention's
-included, is one `tile`. Integer sums are exact and float sums run in one fixed order, and a token passes through the
-same instructions whoever shares the call: neither other stories nor the way a prompt is cut into chunks changes a bit.
+included, is one `tile`. Integer sums are exact, and float sums run in an order that is written down here: nothing is
+compiled with fast mathematics, which would let the order depend on what a function is compiled into. So neither other
+stories nor the way a prompt is cut into chunks changes a bit, nor whether kernels come from their cache.
 
 Letters as in model/decoder.py, and n token (of any story), i and j a matrix's output and input. Matrices are stored in
 panels of 64 outputs, [layer, panel, step, 64, quad]: a step is one input (float32) or four neighbouring ones (int8, as
@@ -25,13 +26,11 @@ from numba.extending import intrinsic
 PANEL = 64  # outputs that are computed together
 LANES = 16  # of them in one vector, whatever the machine's own width is
 I8, I16, I32, F16, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-# Sums may be reordered (once, when compiled) so that they vectorise; not-a-number and infinity keep their meaning.
-FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def kernel(function: Any) -> Any:
     """Compile without the interpreter lock; cached on disk where and while that can be written."""
-    options: Any = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    options: Any = {"nogil": True, "error_model": "numpy"}
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
@@ -134,9 +133,13 @@ def _narrow(context: Any, builder: Any, value: Any) -> Any:
 
 
 def _multiply_add(context: Any, builder: Any, total: Any, weights: Any, x: Any) -> Any:
+    """Rounded once where the processor can; never left to the compiler's choice."""
     vector = ir.VectorType(F32, LANES)
+    features = _features(context)
+    if "+fma" not in features and "x86" in context.codegen().magic_tuple()[0]:
+        return builder.fadd(total, builder.fmul(weights, x))
     function = ir.FunctionType(vector, [vector] * 3)
-    function = cgutils.get_or_insert_function(builder.module, function, f"llvm.fmuladd.v{LANES}f32")
+    function = cgutils.get_or_insert_function(builder.module, function, f"llvm.fma.v{LANES}f32")
     return builder.call(function, [weights, x, total])
 
 
@@ -316,7 +319,7 @@ def prepare(x_nj: Any, quantise: Any, out_nj: Any, scale_n: Any, offset_n: Any) 
         offset_n[n] = 128 * total
 
 
-@numba.njit(nogil=True)  # without fast mathematics: the rows of all tiles must be scaled by the same operations
+@kernel
 def scale_sums(sums_i: Any, offset: Any, scale: Any, scale_i: Any, out_i: Any) -> None:
     for i in range(PANEL):
         out_i[i] = np.float32(sums_i[i] - offset) * (scale * scale_i[i])
@@ -341,13 +344,31 @@ def project(weights: Any, scale_li: Any, layer: Any, x_nj: Any, scale_n: Any, of
 
 
 @kernel
+def add_up(x_j: Any) -> Any:
+    """The sum, as 64 sums side by side (a compiler must not reorder floats, but so it need not), then of these."""
+    sums = np.zeros(PANEL, np.float32)
+    n_whole = x_j.shape[0] // PANEL * PANEL
+    for first in range(0, n_whole, PANEL):
+        part_j = x_j[first : first + PANEL]
+        for lane in range(PANEL):
+            sums[lane] += part_j[lane]
+    rest_j = x_j[n_whole:]
+    for lane in range(rest_j.shape[0]):
+        sums[lane] += rest_j[lane]
+    total = np.float32(0)
+    for lane in range(PANEL):
+        total += sums[lane]
+    return total
+
+
+@kernel
 def normalise(x_nd: Any, width: Any, gain_d: Any, eps: Any, out_nd: Any) -> None:
     """RMSNorm of the first `width` columns; the rest is padding."""
+    square_d = np.empty(width, np.float32)
     for n in range(x_nd.shape[0]):
-        squares = np.float32(0)
         for d in range(width):
-            squares += x_nd[n, d] * x_nd[n, d]
-        inverse = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
+            square_d[d] = x_nd[n, d] * x_nd[n, d]
+        inverse = np.float32(1) / np.sqrt(add_up(square_d) / np.float32(width) + eps)
         for d in range(width):
             out_nd[n, d] = x_nd[n, d] * inverse * gain_d[d]
 
@@ -378,10 +399,9 @@ def swiglu(gate_f: Any, up_f: Any, out_f: Any) -> None:
 def softmax(scores_s: Any, scale: Any) -> None:
     """In place, of scores times scale."""
     peak = largest(scores_s)
-    total = np.float32(0)
     for s in range(scores_s.shape[0]):
         scores_s[s] = exp32((scores_s[s] - peak) * scale)
-        total += scores_s[s]
+    total = add_up(scores_s)
     for s in range(scores_s.shape[0]):
         scores_s[s] = scores_s[s] / total
 
@@ -558,10 +578,10 @@ def pick(logits_v: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, no
         if min_p > 0:
             least = peak + temperature * math.log(min_p) - 1e-9
         if top_p < 1:
-            everything = np.float32(0)
+            weight_v = np.empty(n_ids, np.float32)
             for v in range(n_ids):
-                everything += exp32((logits_v[v] - peak) / np.float32(temperature))
-            total = np.float64(everything)
+                weight_v[v] = exp32((logits_v[v] - peak) / np.float32(temperature))
+            total = np.float64(add_up(weight_v))
     heap = np.empty(n_ids, np.int64)  # the logit, made comparable as an integer, above the id: ties go to the lower
     bits_v = logits_v.view(np.int32)
     size = 0

@@ -305,3 +305,28 @@ def test_integer_sums_and_halves_are_exact_on_every_processor(processor, tmp_pat
     environment = {**os.environ, **PROCESSORS[processor], "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", EXACT], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+LOGITS = """
+import hashlib
+from model.checkpoint import read_config, read_weights
+from model.config import BUNDLED_WEIGHTS
+from model.engine.cpu_backend import CpuBackend
+config = read_config(BUNDLED_WEIGHTS)
+backend = CpuBackend(config, read_weights(BUNDLED_WEIGHTS, config), n_slots=1)
+print(hashlib.sha256(backend.logits(list(range(20, 140))).tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not {"avx2", "fma", "f16c"} <= HOST, reason="the processors are x86's")
+def test_a_seed_means_a_story_in_every_process_and_on_every_processor_with_fma(tmp_path):
+    """Compiled with fast mathematics a process that compiled the kernels told slightly other stories than one that took
+    them from their cache: the order of sums depended on what a function had been compiled into."""
+    found = {}
+    for processor, state in (("this", "compiles"), ("this", "from the cache"), ("AVX2", "compiles")):
+        environment = {**os.environ, **PROCESSORS[processor], "NUMBA_CACHE_DIR": str(tmp_path / processor)}
+        done = subprocess.run(
+            [sys.executable, "-c", LOGITS], env=environment, capture_output=True, text=True, timeout=180, check=True
+        )
+        found[processor, state] = done.stdout
+    assert len(set(found.values())) == 1, found
