@@ -80,3 +80,14 @@ def bits_per_byte(
         "tokens": n_tokens,
         "stories": len(texts),
     }
+
+
+def decoder_logits(decoder: Decoder) -> Callable[[list[int]], np.ndarray]:
+    """The decoder as a function from tokens to logits [t, v] after each, in float32."""
+
+    @torch.inference_mode()
+    def logits(tokens: list[int]) -> np.ndarray:
+        tokens_bt = torch.tensor([tokens], device=decoder.lm_head.weight.device)
+        return decoder(tokens_bt)[0].float().cpu().numpy()
+
+    return logits

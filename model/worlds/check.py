@@ -17,7 +17,7 @@ DOUBLED = re.compile(
 )
 SMALL_START = re.compile(r"(?:^|[.!?] )[\"']?[a-z]")
 BAD_ARTICLE = re.compile(r"\b(?:a [aeio]\w+|an (?![aeiouh])\w+)", re.IGNORECASE)
-BAD_SPACE = re.compile(r" [,.!?;:]|\.\.(?!\.)|,,|[.!?][A-Za-z]")
+BAD_SPACE = re.compile(r"\\| [,.!?;:]|\.\.(?!\.)|,,|[.!?][A-Za-z]")
 
 
 def check(world: World) -> list[str]:
