@@ -8,22 +8,16 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
 from model.config import CHECKOUT, ModelConfig, SamplingParams, TrainingConfig
 from model.errors import InputError, TaleloomError
 
-if TYPE_CHECKING:
-    from model.evaluation.stories import ToldStory
-    from model.storyteller import Storyteller
-
 DEFAULTS = SamplingParams()
 SHAPE = ModelConfig()
-EVALUATED_TOKENS = 400  # room for a story to end by itself
 WHOLE = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 FILE = click.Path(path_type=Path)
@@ -94,30 +88,6 @@ def tell(
             raise TaleloomError(story.error)
 
 
-def _tell_all(
-    storyteller: Storyteller, prompts: list[str], mode: Literal["idea", "opening"], **settings: Any
-) -> list[ToldStory]:
-    """Tell a story of each prompt, the i-th (from 1) with seed i."""
-    from model.evaluation.stories import ToldStory
-    from model.storyteller import N_SLOTS
-
-    told = []
-    for first in range(0, len(prompts), N_SLOTS):  # no more than are written at once: the queue is bounded
-        batch = [
-            storyteller.tell(prompt, SamplingParams(max_tokens=EVALUATED_TOKENS, seed=seed, **settings), mode)
-            for seed, prompt in enumerate(prompts[first : first + N_SLOTS], first + 1)
-        ]
-        for story in batch:
-            story.wait()
-            if story.error:
-                raise TaleloomError(story.error)
-            assert story.params.seed is not None
-            ended = story.finish_reason == "stop"
-            text = story.continuation.strip()
-            told.append(ToldStory(story.prompt, mode, story.params.seed, text, story.n_tokens, ended))
-    return told
-
-
 @main.command()
 @click.option("--data", multiple=True, type=FILE, help="Stories to predict: JSONL, TXT or Parquet. Several: one each.")
 @MODEL
@@ -146,47 +116,26 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure a storyteller: bits per byte of the stories in --data (lower is better), cloze, and what it tells."""
-    from model.training.data import clean, read_rows
+    from model.checkpoint import write_atomically
+    from model.evaluate import evaluate as measure
+    from model.evaluation.report import markdown, plot
 
-    for path in corpus:
-        if not path.is_file():
-            raise InputError(f"There is no file {path}.")
-    if (corpus or real) and not stories:
-        raise InputError("--corpus and --real are for measuring stories. Say how many: --stories 200.")
-    texts = {path.stem: [row["text"] for row in read_rows(path)] for path in data}
-    if len(texts) < len(data):
-        raise InputError("Two files of --data have one name. Rename one: the results go by it.")
-    real_texts = [clean(row["text"]) for row in read_rows(real)] if real else []
-
-    from model.checkpoint import load_decoder, load_tokenizer, write_atomically
-    from model.evaluation.cloze import cloze, read_pairs
-    from model.evaluation.loss import bits_per_byte, decoder_logits
-    from model.storyteller import Storyteller, choose_device, find_model
-
-    if stories:
-        from model.evaluation import suite
-        from model.evaluation.following import read_ideas
-
-        suite.require_extra()
-    folder = find_model(model, _progress)
-    decoder = load_decoder(folder, choose_device(device))
-    tokenizer = load_tokenizer(folder, decoder.config)
-    if stories and not tokenizer.knows_ideas:
-        raise InputError("This storyteller was not trained on ideas, so --stories cannot ask it for any.")
-    if real:
-        continued, others = suite.split_openings(real_texts, openings, tokenizer, EVALUATED_TOKENS)
-    rounded = Storyteller.load(str(folder), "cpu", n_slots=1).backend.logits if int8 else None
-    results: dict[str, Any] = {"model": model or "bundled", "weights": "int8" if int8 else "float32", "sources": {}}
-    for name, of_source in texts.items():
-        with click.progressbar(length=100, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-            results["sources"][name] = bits_per_byte(
-                decoder,
-                tokenizer,
-                of_source,
-                progress=lambda done, total: bar.update(100 * done // total - bar.pos),
-                logits=rounded,
-            )
-    if len(data) == 1 and not stories and not out:
+    only_bits = len(data) == 1 and not stories and not out
+    with click.progressbar(length=100, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        results, told = measure(
+            model,
+            device,
+            int8=int8,
+            data=data,
+            with_cloze=not only_bits,
+            n_stories=stories,
+            corpus=corpus,
+            real=real,
+            n_openings=openings,
+            report=_progress,
+            progress=lambda done, total: bar.update(100 * done // total - bar.pos),
+        )
+    if only_bits:
         scores = results["sources"].popitem()[1]
         if as_json:
             click.echo(json.dumps(scores))
@@ -194,29 +143,6 @@ def evaluate(
             for name, value in scores.items():
                 click.echo(f"{name:14} {value:,.4f}" if isinstance(value, float) else f"{name:14} {value:,}")
         return
-    results["cloze"] = cloze(read_pairs(), tokenizer, rounded or decoder_logits(decoder))
-
-    told: dict[str, list[ToldStory]] = {}
-    if stories:
-        training_text = (lambda: (clean(row["text"]) for path in corpus for row in read_rows(path))) if corpus else None
-        ideas = [idea for _, idea in zip(range(stories), cycle(read_ideas()), strict=False)]
-        results["settings"] = {**asdict(DEFAULTS), "max_tokens": EVALUATED_TOKENS, "seed": "1, 2, ..."}
-        with Storyteller.load(str(folder), device) as storyteller:
-            _progress(f"Telling {stories} stories ...")
-            told["ideas"] = _tell_all(storyteller, [idea.idea for idea in ideas], "idea")
-            if real:
-                _progress(f"Continuing {len(continued)} real stories, twice ...")
-                prompts = [split.opening for split in continued]
-                told["continuations"] = _tell_all(storyteller, prompts, "opening")
-                told["hot"] = _tell_all(storyteller, prompts, "opening", temperature=2.0, top_p=1.0, min_p=0.0)
-        _progress("Measuring ...")
-        results["ideas"] = suite.measure_ideas(told["ideas"], ideas, training_text)
-        if real:
-            results["real"] = suite.measure_real(real_texts, stories, training_text)
-            results |= suite.measure_continuations(told["continuations"], told["hot"], continued, others)
-
-    from model.evaluation.report import markdown, plot
-
     table = markdown(results)
     click.echo(json.dumps(results) if as_json else table)
     if out:

@@ -30,7 +30,7 @@ def test_several_sources_and_cloze(tiny_model, jsonl, tmp_path):
 
 
 def test_stories_are_told_measured_and_kept(tiny_model, jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.cli.EVALUATED_TOKENS", 30)
+    monkeypatch.setattr("model.evaluate.MAX_TOKENS", 30)
     monkeypatch.setattr("model.evaluation.realism.detection.__defaults__", (2, 1))
     ideas = [Idea("the fox, an egg", ("fox",), ("egg", "eggs")), Idea("Mia hid a kite", ("Mia",), ("kite",))]
     monkeypatch.setattr("model.evaluation.following.read_ideas", lambda: ideas)  # fit a context of 64
