@@ -33,7 +33,7 @@ def test_stories_are_told_measured_and_kept(tiny_model, jsonl, tmp_path, monkeyp
     monkeypatch.setattr("model.evaluate.MAX_TOKENS", 30)
     monkeypatch.setattr("model.evaluation.realism.detection.__defaults__", (2, 1))
     ideas = [Idea("the fox, an egg", ("fox",), ("egg", "eggs")), Idea("Mia hid a kite", ("Mia",), ("kite",))]
-    monkeypatch.setattr("model.evaluation.following.read_ideas", lambda: ideas)  # fit a context of 64
+    monkeypatch.setattr("model.evaluate.read_ideas", lambda: ideas)  # fit a context of 64
     out = tmp_path / "out"
     command = ("--stories", 3, "--openings", 12, "--real", jsonl, "--corpus", jsonl, "--out", out)
     done = evaluate(*command, "--model", tiny_model, "--device", "cpu")
