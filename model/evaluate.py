@@ -8,8 +8,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
-from model.checkpoint import load_decoder, load_tokenizer
+from model.checkpoint import load_decoder, load_tokenizer, read_weights
 from model.config import SamplingParams
+from model.engine.cpu_backend import CpuBackend
 from model.errors import InputError, TaleloomError
 from model.evaluation import suite
 from model.evaluation.cloze import cloze, read_pairs
@@ -72,7 +73,10 @@ def evaluate(
     if real:
         continued, others = suite.split_openings(real_texts, n_openings, tokenizer, MAX_TOKENS)
 
-    rounded = Storyteller.load(str(folder), "cpu", n_slots=1).backend.logits if int8 else None
+    rounded = None
+    if int8:
+        weights = read_weights(folder, decoder.config)
+        rounded = CpuBackend(decoder.config, weights, n_slots=1, n_ids=tokenizer.vocab_size).logits
     results: dict[str, Any] = {"model": model or "bundled", "weights": "int8" if int8 else "float32"}
     results["sources"] = {
         name: bits_per_byte(decoder, tokenizer, of_source, progress=progress, logits=rounded)

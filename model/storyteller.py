@@ -257,14 +257,16 @@ class Story:
         with self._grown:  # two readers may press Continue at once
             if self.finish_reason is not FinishReason.LENGTH:
                 raise InputError("Only a story that stopped at its length limit can be continued.")
+            self._request.max_tokens = len(self._request.generated) + max_tokens
+            self._request.n_cached = 0
+            self._request.cancelled.clear()  # a stop may have come too late
             self.finish_reason = None
-        self._request.max_tokens = len(self._request.generated) + max_tokens
-        self._request.n_cached = 0
-        self._request.cancelled.clear()  # a stop may have come too late
         try:
             self._storyteller.resume(self)
         except BaseException:
-            self.finish_reason = FinishReason.LENGTH
+            with self._grown:
+                self.finish_reason = FinishReason.LENGTH
+                self._grown.notify_all()  # somebody may be waiting by now
             raise
 
     def summary(self) -> dict[str, Any]:
@@ -389,7 +391,7 @@ class Storyteller:
                 f"The prompt has {len(prompt):,} characters; {MAX_PROMPT_CHARACTERS:,} are the most. Shorten it."
             )
         # An idea must stay in view for the whole story; of a long opening the oldest part may slide out.
-        n_tokens, limit = self.count_tokens(prompt), self.config.max_position_embeddings // 4
+        n_tokens, limit = self.count_tokens(plain_text(prompt)), self.config.max_position_embeddings // 4
         if mode == "idea" and n_tokens > limit:
             raise InputError(
                 f"The idea has {n_tokens} tokens; {limit} are the most. Shorten it, or use it as an opening."
@@ -400,6 +402,7 @@ class Storyteller:
         with self._lock:
             self._check_visitor(story.visitor, story)
             self.engine.submit(story._request)
+            self._stories[story.id] = story  # it may have been forgotten
 
     def _check_visitor(self, visitor: str | None, resumed: Story | None = None) -> None:
         """Raises BusyError when this visitor has as many stories running as one may have."""

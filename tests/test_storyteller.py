@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -227,6 +228,42 @@ def test_an_unknown_model_says_where_was_looked(monkeypatch, tmp_path):
     assert find_model("mine") == tmp_path / "models" / "mine"
     with pytest.raises(ModelError):
         find_model("../mine/../../etc")
+
+
+def test_who_waits_while_a_story_cannot_be_continued_is_not_left_waiting(tiny_model, monkeypatch):
+    with Storyteller.load(str(tiny_model), "cpu") as storyteller:
+        story = storyteller.tell("Ben", SamplingParams(max_tokens=3, seed=1), mode="opening")
+        assert story.wait(30) and story.finish_reason == "length"
+        waiting, waited = threading.Event(), []
+
+        def refuse(_):
+            thread.start()
+            waiting.wait(10)
+            time.sleep(0.1)  # until it waits inside
+            raise BusyError("full")
+
+        def wait():
+            waiting.set()
+            waited.append(story.wait(10))
+
+        thread = threading.Thread(target=wait)
+        monkeypatch.setattr(storyteller, "resume", refuse)
+        with pytest.raises(BusyError):
+            story.extend(10)
+        thread.join(5)
+        assert waited == [True] and story.finish_reason == "length"
+
+
+def test_a_forgotten_story_that_is_continued_is_found_again(tiny_model, monkeypatch):
+    monkeypatch.setattr("model.storyteller.N_REMEMBERED", 1)
+    with Storyteller.load(str(tiny_model), "cpu") as storyteller:
+        stories = []
+        for seed in range(4):
+            stories.append(storyteller.tell("Ben", SamplingParams(max_tokens=3, seed=seed), mode="opening"))
+            assert stories[-1].wait(30)
+        assert storyteller.story(stories[0].id) is None
+        stories[0].extend(3)
+        assert storyteller.story(stories[0].id) is stories[0] and stories[0].wait(30)
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

@@ -127,7 +127,8 @@ class CpuBackend:
         last: list[int] = []
         for feed in feeds:
             start, slot = feed.request.n_cached, feed.request.slot
-            assert slot is not None and start + len(feed.tokens) <= self.context, "the kernels do not check bounds"
+            if slot is None or start + len(feed.tokens) > self.context:
+                raise IndexError("a token beyond the context")  # no assert: the kernels would write out of bounds
             tokens.extend(feed.tokens)
             slots.extend([slot] * len(feed.tokens))
             positions.extend(range(start, start + len(feed.tokens)))
@@ -146,12 +147,12 @@ class CpuBackend:
             self._n_ids,
             np.array(seen_ids, np.int64),
             np.array(seen_ends, np.int64),
-            np.array([p.repetition_penalty for p in params]),
-            np.array([p.temperature for p in params]),
+            np.array([p.repetition_penalty for p in params], np.float64),
+            np.array([p.temperature for p in params], np.float64),
             np.array([p.top_k for p in params], np.int64),
-            np.array([p.top_p for p in params]),
-            np.array([p.min_p for p in params]),
-            np.array([request.noise for request in requests]),
+            np.array([p.top_p for p in params], np.float64),
+            np.array([p.min_p for p in params], np.float64),
+            np.array([request.noise for request in requests], np.float64),
         ).tolist()
         if -1 in next_tokens:
             raise ModelError(

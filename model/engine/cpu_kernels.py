@@ -570,6 +570,8 @@ def pick(logits_v: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, no
     """
     n_ids = logits_v.shape[0]
     peak = largest(logits_v)
+    if peak != peak:
+        return -1
     cuts_tail = 0 < top_k < n_ids
     least, total = -np.inf, 1.0  # of the logits that may be kept; of the weights, where the likeliest has 1
     if temperature == 0:

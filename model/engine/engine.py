@@ -120,6 +120,7 @@ class Engine:
             soon_s = time.monotonic() + PACE_SLACK_S
             reading, writing = [], []
             for request in running:
+                request.slide(self._backend.context)
                 if request.is_reading:
                     reading.append(request)
                 elif request.due_s <= soon_s:
@@ -137,7 +138,6 @@ class Engine:
         feeds = []
         n_left = self._backend.prefill_tokens
         for request in reading:
-            request.slide(self._backend.context)
             window = request.window
             chunk = window[request.n_cached : request.n_cached + n_left]
             feeds.append(Feed(request, chunk, wants_next=request.n_cached + len(chunk) == len(window)))
@@ -195,8 +195,6 @@ class Engine:
         request.on_token(token)
         if len(request.generated) >= request.max_tokens:
             self._finish(request, FinishReason.LENGTH)
-        else:
-            request.slide(self._backend.context)
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         with self._changed:

@@ -92,6 +92,7 @@ class Request:
         interrupted and continued slides at the same places.
         """
         room = context - self.n_kept
+        assert room > 1, "what is kept must leave room for text"
         while self.n_window > context:
             self.n_forgotten += room - room // 2
             self.n_cached = 0

@@ -102,7 +102,7 @@ def export_hf(folder: Path, out: Path) -> None:
     if _sentencepiece(tokenizer).trainer_spec.model_type == UNIGRAM:
         # Without a tokenizer.json transformers takes a SentencePiece model for BPE, which splits text differently.
         files = {**tokenizer.hf_files(), **files}
-    if len(parts) > 1:
+    if [part.name for part in parts] != ["model.safetensors"]:
         weight_map = {name: part.name for part in parts for name in safetensors.safe_open(part, "np").offset_keys()}
         index = {"metadata": {"total_size": sum(len(files[part.name]) for part in parts)}, "weight_map": weight_map}
         files["model.safetensors.index.json"] = json.dumps(index, indent=1)

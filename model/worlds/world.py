@@ -26,7 +26,7 @@ PRONOUNS = {
 SLOT = re.compile(r"\{([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?\}")
 ALTERNATIVES = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 ARTICLE = re.compile(r"\b([Aa])\(n\) (?=([\"']?\w+))")
-VOWEL_SOUND = re.compile(r"[\"']?(?:[aeio]|u(?!ni|se|su)|hour|honest)", re.IGNORECASE)
+VOWEL_SOUND = re.compile(r"[\"']?(?:(?!one\b|once\b|eu|uni[^mn]|use|usu|uku|ewe)[aeiou]|hour|honest)", re.IGNORECASE)
 MAX_DEPTH = 6  # slots in slots
 N_TRIES = 200
 
@@ -79,6 +79,11 @@ class World:
         if unknown:
             raise InputError(f"{path.name}: unknown {', '.join(sorted(unknown))}; see docs/worlds.md.")
         cast, picks = content.get("cast", {}), content.get("pick", {})
+        for section, roles in (("cast", cast), ("pick", picks)):
+            if not isinstance(roles, dict) or not all(
+                isinstance(options, list) and options for options in roles.values()
+            ):
+                raise InputError(f"{path.name}: [{section}] should give each role a list of options.")
         if cast.keys() & picks.keys():
             raise InputError(f"{path.name}: {', '.join(cast.keys() & picks.keys())} is in both [cast] and [pick].")
         choices = {role: [_option(path, role, o) for o in options] for role, options in {**cast, **picks}.items()}
@@ -116,7 +121,9 @@ class World:
             if state is not None and paragraphs:
                 text = "\n".join(paragraphs)
                 words = [self._render(word, state, rng) for word in self.words]
-                words = [word for word in words if re.search(rf"\b{re.escape(word)}", text, re.IGNORECASE)]
+                words = [
+                    w for w in dict.fromkeys(words) if re.search(rf"\b{re.escape(w)}(?:e?s)?\b", text, re.IGNORECASE)
+                ]
                 words = rng.sample(words, min(len(words), rng.choice((2, 3))))
                 asks_words = bool(words) and rng.random() < 0.15
                 idea = self._render(rng.choice(self.ideas), state, rng)
@@ -171,7 +178,9 @@ class World:
 
         def fill(match: re.Match[str]) -> str:
             role, field = match[1], match[2] or "name"
-            option = state[role[0].lower() + role[1:]]
+            option = state.get(role[0].lower() + role[1:])
+            if option is None:
+                raise InputError(f"{self.name}: {{{role}}} is told where nothing has set it yet.")
             value = _field(option, field[0].lower() + field[1:])
             value = self._render(str(value), state, rng, depth + 1)
             capital = role[0].isupper() or field[0].isupper()
@@ -289,7 +298,18 @@ def _option(path: Path, role: str, option: Any) -> Option:
     option = {"name": option} if isinstance(option, str) else option
     if not isinstance(option, dict) or not isinstance(option.get("name"), str):
         raise InputError(f"{path.name}: an option of {role} is neither a text nor a table with a name.")
+    _check_when(path, role, option.get("when", {}))
     return option
+
+
+def _check_when(path: Path, where: str, when: Any) -> None:
+    values = (
+        [v for wanted in when.values() for v in (wanted if isinstance(wanted, list) else [wanted])]
+        if isinstance(when, dict)
+        else [0]
+    )
+    if not all(isinstance(value, str) for value in values):
+        raise InputError(f"{path.name}, {where}: when should be a table of texts or lists of texts.")
 
 
 def _beat(path: Path, number: int, beat: Any) -> Beat:
@@ -305,6 +325,10 @@ def _beat(path: Path, number: int, beat: Any) -> Beat:
             raise InputError(f"{path.name}: a telling of beat {name} has no text.")
         if unknown := telling.keys() - {"text", "when", "set"}:
             raise InputError(f"{path.name}: a telling of beat {name} has an unknown {', '.join(sorted(unknown))}.")
+        _check_when(path, f"beat {name}", telling.get("when", {}))
+        sets = telling.get("set", {})
+        if not isinstance(sets, dict) or not all(isinstance(value, str) for value in sets.values()):
+            raise InputError(f"{path.name}, beat {name}: set should be a table of texts.")
         tellings.append(Telling(telling["text"].strip(), telling.get("when", {}), telling.get("set", {})))
     return Beat(name, tellings, bool(beat.get("paragraph", True)))
 

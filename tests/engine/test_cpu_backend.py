@@ -202,6 +202,31 @@ def test_weights_that_give_no_numbers_are_an_error_not_a_crash(tiny_config, tiny
         CpuBackend(tiny_config, weights, n_slots=1).step([Feed(request, [1, 2])])
 
 
+def test_a_logit_that_is_no_number_picks_nothing():
+    logits_v = np.arange(10, dtype=np.float32)
+    logits_v[3] = np.nan
+    assert pick(logits_v, 1.0, 0, 1.0, 0.0, 0.5) == -1
+
+
+def test_settings_in_whole_numbers_compile_nothing_anew(tiny_config, tiny_decoder):
+    backend = CpuBackend(tiny_config, numpy_weights(tiny_decoder), n_slots=1)
+    for params in (
+        SamplingParams(seed=1),
+        SamplingParams(temperature=0, top_p=1, min_p=0, repetition_penalty=1, seed=1),
+    ):
+        backend.step([Feed(Request([1, 2], params, 1, print, print, slot=0), [1, 2])])
+        backend.step([Feed(Request([1, 2], params, 1, print, print, slot=0), [1], wants_next=False)])
+    kinds = {str(signature) for signature in cpu_kernels.sample.signatures}
+    assert len(kinds) == 1, kinds
+
+
+def test_a_token_beyond_the_context_is_refused_before_it_is_written(tiny_config, tiny_decoder):
+    backend = CpuBackend(tiny_config, numpy_weights(tiny_decoder), n_slots=1)
+    request = Request([1] * 65, SamplingParams(seed=1), 1, print, print, slot=0, n_cached=64)
+    with pytest.raises(IndexError):
+        backend.step([Feed(request, [1])])
+
+
 def test_a_padded_model_never_writes_a_token_without_text(tiny_config):
     decoder = make_decoder(tiny_config)
     backend = CpuBackend(tiny_config, numpy_weights(decoder), n_slots=1, n_ids=250)

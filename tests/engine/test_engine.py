@@ -32,6 +32,7 @@ class CountingBackend:
 
     def step(self, feeds):
         self.gate.wait(10)
+        assert all(feed.request.n_cached + len(feed.tokens) <= self.context for feed in feeds)
         self.steps.append({feed.request: len(feed.tokens) for feed in feeds})
         if self.fail_when([feed.request for feed in feeds]):
             raise RuntimeError("injected")
@@ -207,6 +208,22 @@ def test_a_continued_story_goes_on_in_its_slot(engine, backend):
     engine.submit(reader.request)
     reader.wait()
     assert reader.tokens == list(range(1, 13)) and [*backend.steps[0].values()] == [1]
+
+
+def test_a_story_that_filled_the_context_to_the_brim_can_be_continued(engine, backend):
+    """It stopped with its newest token just beyond the context: the cache was full, and one token to be fed."""
+    reader = Reader(n_prompt=12, max_tokens=501)
+    engine.submit(reader.request)
+    reader.wait()
+    assert reader.request.n_window == backend.context + 1
+    reader.ended.clear()
+    reader.request.max_tokens = 550
+    engine.submit(reader.request)
+    assert reader.wait().reason is FinishReason.LENGTH and len(reader.tokens) == 550
+    whole = Reader(n_prompt=12, max_tokens=550)
+    engine.submit(whole.request)
+    whole.wait()
+    assert whole.request.n_forgotten == reader.request.n_forgotten > 0
 
 
 def test_a_failed_story_leaves_nothing_to_go_on_from(engine, backend):

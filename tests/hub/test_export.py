@@ -326,12 +326,14 @@ def test_weights_go_out_as_they_are_stored_and_the_card_with_them(bundled, tmp_p
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
 
 
-def test_a_model_in_parts_opens_in_transformers(folder, tmp_path):
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_a_model_in_parts_opens_in_transformers(folder, tmp_path, n_parts):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    save_file({name: weights[name].float() for name in names[:5]}, folder / "model-00001-of-00002.safetensors")
-    save_file({name: weights[name].float() for name in names[5:]}, folder / "model-00002-of-00002.safetensors")
+    for part in range(n_parts):
+        names = sorted(weights)[part::n_parts]
+        path = folder / f"model-0000{part + 1}-of-0000{n_parts}.safetensors"
+        save_file({name: weights[name].float() for name in names}, path)
     export_hf(folder, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     tokens_bt = torch.tensor([Tokenizer.load(folder).encode_opening("Mia found")])

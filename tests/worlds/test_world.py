@@ -111,6 +111,10 @@ def test_no_two_of_the_cast_have_one_name_and_fields_hold_slots(write):
         ("[pick]", "[pick]\nhero = ['x']", "in both"),
         ("[cast]", "[cast", "cannot be read"),
         ('place = ["hill"]', "place = [3]", "neither a text nor a table"),
+        ('place = ["hill"]', 'place = "hill"', "a list of options"),
+        ('when = { toy = "kite" }', "when = { toy = 1 }", "when should be"),
+        ('when = { toy = "kite" }', "when = 1", "when should be"),
+        ('set = { end = "gone" }', "set = { end = [1] }", "set should be"),
         ("paragraph = false", "pargraph = false", "unknown pargraph"),
     ],
 )
@@ -145,6 +149,21 @@ def test_slots_that_refer_to_each_other_without_end_say_so(write):
     with pytest.raises(InputError, match="without end"):
         for seed in range(20):
             world.tell(seed)
+
+
+def test_a_slot_told_before_it_is_set_says_so(write):
+    world = World.read(write(SMALL.replace("all to {hero.himself}", "{end}")))
+    with pytest.raises(InputError, match="nothing has set it yet"):
+        world.tell(1)
+
+
+def test_articles_follow_the_sound(write):
+    kinds = {"owl": "an", "unicorn": "a", "umbrella": "an", "one-eyed cat": "a", "hour": "an", "European": "a"}
+    kinds |= {"useful dog": "a", "unhappy dog": "an", "elf": "an", "bee": "a", "unimportant dog": "an", "ewe": "a"}
+    for kind, article in kinds.items():
+        world = World.read(write(SMALL.replace('"owl"', '"hen"').replace('kind = "dog"', f'kind = "{kind}"')))
+        texts = " ".join(world.tell(seed)["text"] for seed in range(20))
+        assert f"Bo was {article} {kind}." in texts, kind
 
 
 def test_expand_repeats_nothing_and_ends_when_all_is_told(write):
