@@ -50,7 +50,7 @@ def bench(model: str | None, device: str, peers: bool, report: Callable[[str], N
     engines = {"tokens_per_second": Engine(storyteller.backend, eos_id=-1, n_slots=max(STREAMS))}  # none ends early
     results["memory_mb"] = {}
     for n_streams in (1, 64):
-        _tell(engines["tokens_per_second"], [prompt] * n_streams, N_TOKENS)
+        seconds_to_tell(engines["tokens_per_second"], [prompt] * n_streams, N_TOKENS)
         results["memory_mb"][n_streams] = _peak_memory_mb()
     if storyteller.device == "cpu":
         from model.engine.cpu_backend import CpuBackend
@@ -68,7 +68,7 @@ def bench(model: str | None, device: str, peers: bool, report: Callable[[str], N
             for n_streams in STREAMS:
                 for name, engine in engines.items():
                     fresh += 1
-                    seconds = _tell(engine, [[prompt[0], n_ids - fresh, *prompt[2:]]] * n_streams, N_TOKENS)
+                    seconds = seconds_to_tell(engine, [[prompt[0], n_ids - fresh, *prompt[2:]]] * n_streams, N_TOKENS)
                     figures[name][n_streams].append(n_streams * N_TOKENS / seconds)
                 if n_streams in PEER_STREAMS:
                     for name, generate in others.items():
@@ -76,7 +76,7 @@ def bench(model: str | None, device: str, peers: bool, report: Callable[[str], N
             for n_prompt in PROMPT_LENGTHS:
                 fresh += 1
                 long_prompt = [prompt[0], n_ids - fresh, *(prompt * n_prompt)][:n_prompt]
-                seconds = _tell(engines["tokens_per_second"], [long_prompt], 1)
+                seconds = seconds_to_tell(engines["tokens_per_second"], [long_prompt], 1)
                 figures["first_token_ms"][n_prompt].append(1e3 * seconds)
     for engine in engines.values():
         engine.close()
@@ -104,7 +104,7 @@ def _load_peers(
     return peers
 
 
-def _tell(engine: Engine, prompts: list[list[int]], max_tokens: int) -> float:
+def seconds_to_tell(engine: Engine, prompts: list[list[int]], max_tokens: int) -> float:
     """Seconds until stories from all the prompts, submitted at once, have ended."""
     ended = threading.Semaphore(0)
     requests = [

@@ -258,7 +258,6 @@ class Story:
             if self.finish_reason is not FinishReason.LENGTH:
                 raise InputError("Only a story that stopped at its length limit can be continued.")
             self._request.max_tokens = len(self._request.generated) + max_tokens
-            self._request.n_cached = 0
             self._request.cancelled.clear()  # a stop may have come too late
             self.finish_reason = None
         try:

@@ -13,7 +13,6 @@ import json
 import random
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from model.bench import seconds_to_tell
 from model.checkpoint import load_decoder, load_tokenizer, read_config
 from model.config import BUNDLED_WEIGHTS, SamplingParams
 from model.decoder import Decoder
@@ -136,11 +136,11 @@ def measure(folder: Path, device: str, n_tokens: int, streams: list[int], n_roun
     started_s = time.perf_counter()
     for number in range(n_rounds + 1):
         for n in streams:
-            seconds = _seconds_to_tell(engine, prompts(n, 8), n_tokens)
+            seconds = seconds_to_tell(engine, prompts(n, 8), n_tokens)
             if number:
                 speeds[f"{n}"].append(n * n_tokens / seconds)
         for n in PROMPT_LENGTHS:
-            seconds = _seconds_to_tell(engine, prompts(1, n), 1)
+            seconds = seconds_to_tell(engine, prompts(1, n), 1)
             if number:
                 waits[f"{n}"].append(1e3 * seconds)
         if not number:
@@ -161,21 +161,6 @@ def measure(folder: Path, device: str, n_tokens: int, streams: list[int], n_roun
 
 def _medians(values: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(numbers) for name, numbers in values.items()}
-
-
-def _seconds_to_tell(engine: Engine, prompts: list[list[int]], max_tokens: int) -> float:
-    """Seconds until stories from all the prompts, submitted at once, have ended."""
-    ended = threading.Semaphore(0)
-    requests = [
-        Request(prompt, SamplingParams(max_tokens=max_tokens, seed=i), 1, lambda _: None, lambda *_: ended.release())
-        for i, prompt in enumerate(prompts)
-    ]
-    started_s = time.perf_counter()
-    for request in requests:
-        engine.submit(request)
-    for _ in requests:
-        ended.acquire()
-    return time.perf_counter() - started_s
 
 
 @torch.inference_mode()
