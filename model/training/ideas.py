@@ -43,9 +43,15 @@ ABOUT = re.compile(r"^(?:write|tell)(?: me)? a (?:\w+ )?story about ", re.IGNORE
 
 
 def key_words(text: str, n: int) -> list[str]:
-    """Up to n lower-case words that recur in the text and carry its subject; most frequent first."""
-    counts = Counter(w for w in re.findall(r"(?<![A-Za-z'])[a-z]{3,}(?!')", text) if w not in COMMON_WORDS)
-    return [word for word, count in counts.most_common(n) if count > 1]
+    """Up to n lower-case words that recur in the text and carry its subject; most frequent first.
+
+    Where some of them stand in the last third too, only these: an idea is to be kept to the end.
+    """
+    words = re.findall(r"(?<![A-Za-z'])[a-z]{3,}(?!')", text)
+    counts = Counter(word for word in words if word not in COMMON_WORDS)
+    recurring = [word for word, count in counts.most_common() if count > 1]
+    late = set(words[2 * len(words) // 3 :])
+    return ([word for word in recurring if word in late] or recurring)[:n]
 
 
 def hero(text: str) -> str | None:

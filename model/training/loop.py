@@ -69,6 +69,7 @@ class TrainingRun:
         if self.decoder.config != model_config:
             raise TaleloomError(f"{initial} has another shape than the model to be trained.")
         self.decoder.to(self.device)
+        self._loss = torch.compile(self._summed_loss) if config.compile else self._summed_loss
         self.optimizer = Optimizer(self.decoder, config)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
         if not self.n_steps:
@@ -127,9 +128,7 @@ class TrainingRun:
             chosen = list(mine[i : i + config.rows_per_pass])
             inputs_bt = torch.from_numpy(rows[chosen, :-1]).to(self.device)
             targets_bt = torch.from_numpy(targets[chosen]).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16):
-                logits_btv = self.decoder(inputs_bt)
-            loss = F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="sum") / n_targets
+            loss = self._loss(inputs_bt, targets_bt) / n_targets
             loss.backward()
             total += loss.detach()
         if self.n_processes > 1:
@@ -138,6 +137,12 @@ class TrainingRun:
                 dist.all_reduce(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), config.max_grad_norm)
         return total.item(), norm.item()
+
+    def _summed_loss(self, inputs_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats, summed over the targets that are not padding (-100)."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits_btv = self.decoder(inputs_bt)
+        return F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="sum")
 
     def evaluate(self) -> float:
         """Bits per byte on held-out stories."""
