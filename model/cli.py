@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 
 from model.config import CHECKOUT, ModelConfig, SamplingParams, TrainingConfig
+from model.drafts import N_DRAFTS
 from model.errors import InputError, TaleloomError
 
 DEFAULTS = SamplingParams()
@@ -56,6 +57,12 @@ def _progress(message: str) -> None:
 @click.option("--idea", "mode", flag_value="idea", help="PROMPT is an idea to make a story of.")
 @click.option("--opening", "mode", flag_value="opening", help="PROMPT is the story's beginning, to be continued.")
 @click.option("--seed", type=int, help="The same seed tells the same story again.")
+@click.option(
+    "--drafts",
+    default=N_DRAFTS,
+    type=click.IntRange(1, 64),
+    help="Without a seed: how many to try; the story that keeps best to PROMPT is told.",
+)
 @click.option("--max-tokens", type=int, default=DEFAULTS.max_tokens)
 @click.option("--temperature", type=float, default=DEFAULTS.temperature)
 @click.option("--top-k", type=int, default=DEFAULTS.top_k)
@@ -66,14 +73,20 @@ def _progress(message: str) -> None:
 @DEVICE
 @JSON
 def tell(
-    prompt: str, mode: Literal["idea", "opening"] | None, model: str | None, device: str, as_json: bool, **settings: Any
+    prompt: str,
+    mode: Literal["idea", "opening"] | None,
+    drafts: int,
+    model: str | None,
+    device: str,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Tell a story from PROMPT and stream it."""
     from model.storyteller import Storyteller
 
     params = SamplingParams(**settings)
     with Storyteller.load(model, device=device, progress=_progress) as storyteller:
-        story = storyteller.tell(prompt, params, mode=mode)
+        story = storyteller.tell(prompt, params, mode=mode, n_drafts=drafts)
         if story.mode == "opening" and not as_json:
             click.echo(story.prompt, nl=False)
         for piece in story:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from model.checkpoint import load_decoder, load_tokenizer, read_weights
 from model.config import SamplingParams
+from model.drafts import N_DRAFTS
 from model.engine.cpu_backend import CpuBackend
 from model.errors import InputError, TaleloomError
 from model.evaluation import suite
@@ -21,7 +22,7 @@ from model.storyteller import N_SLOTS, Storyteller, choose_device, find_model
 from model.training.data import clean, read_rows
 
 MAX_TOKENS = 400  # room for a story to end by itself
-HOT = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}  # a known bad storyteller
+HOT: dict[str, Any] = {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0}  # a known bad storyteller
 
 
 def evaluate(
@@ -88,17 +89,25 @@ def evaluate(
     if n_stories:
         training_text = (lambda: (clean(row["text"]) for path in corpus for row in read_rows(path))) if corpus else None
         ideas = [idea for _, idea in zip(range(n_stories), cycle(read_ideas()), strict=False)]
-        results["settings"] = {**asdict(SamplingParams()), "max_tokens": MAX_TOKENS, "seed": "1, 2, ..."}
+        results["settings"] = {
+            **asdict(SamplingParams()),
+            "max_tokens": MAX_TOKENS,
+            "seed": "1, 2, ...",
+            "drafts": N_DRAFTS,
+        }
         with Storyteller.load(str(folder), device) as storyteller:
             report(f"Telling {n_stories} stories ...")
-            told["ideas"] = _tell_all(storyteller, [idea.idea for idea in ideas], "idea")
+            prompts = [idea.idea for idea in ideas]
+            told["ideas"] = _tell_all(storyteller, prompts, "idea", n_drafts=N_DRAFTS)
+            told["first_drafts"] = _tell_all(storyteller, prompts, "idea")
             if real:
                 report(f"Continuing {len(continued)} real stories, twice ...")
                 prompts = [split.opening for split in continued]
                 told["continuations"] = _tell_all(storyteller, prompts, "opening")
-                told["hot"] = _tell_all(storyteller, prompts, "opening", **HOT)
+                told["hot"] = _tell_all(storyteller, prompts, "opening", 1, **HOT)
         report("Measuring ...")
-        results["ideas"] = suite.measure_ideas(told["ideas"], ideas, training_text)
+        for kind in ("ideas", "first_drafts"):
+            results[kind] = suite.measure_ideas(told[kind], ideas, training_text)
         if real:
             results["real"] = suite.measure_real(real_texts, n_stories, training_text)
             results |= suite.measure_continuations(told["continuations"], told["hot"], continued, others)
@@ -106,14 +115,16 @@ def evaluate(
 
 
 def _tell_all(
-    storyteller: Storyteller, prompts: list[str], mode: Literal["idea", "opening"], **settings: Any
+    storyteller: Storyteller, prompts: list[str], mode: Literal["idea", "opening"], n_drafts: int = 1, **settings: Any
 ) -> list[ToldStory]:
-    """Tell a story of each prompt, the i-th (from 1) with seed i."""
+    """Tell a story of each prompt, the i-th (from 1) with seed i, or the best of the seeds n (i - 1) + 1 to n i."""
     told = []
-    for first in range(0, len(prompts), N_SLOTS):  # no more than are written at once: the queue is bounded
+    params = SamplingParams(max_tokens=MAX_TOKENS, **settings)
+    size = N_SLOTS // n_drafts  # no more than are written at once: the queue is bounded
+    for first in range(0, len(prompts), size):
         batch = [
-            storyteller.tell(prompt, SamplingParams(max_tokens=MAX_TOKENS, seed=seed, **settings), mode)
-            for seed, prompt in enumerate(prompts[first : first + N_SLOTS], first + 1)
+            storyteller.tell(prompt, params, mode, seeds=range(number * n_drafts + 1, (number + 1) * n_drafts + 1))
+            for number, prompt in enumerate(prompts[first : first + size], first)
         ]
         for story in batch:
             story.wait()

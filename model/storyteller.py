@@ -11,16 +11,18 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from model.checkpoint import load_tokenizer, read_config, read_weights
 from model.config import BUNDLED_WEIGHTS, ModelConfig, SamplingParams, user_home
+from model.drafts import N_DRAFTS, score
 from model.engine.request import FinishReason, Request
-from model.errors import BusyError, InputError, ModelError
+from model.errors import BusyError, InputError, ModelError, TaleloomError
 from model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,10 @@ TALE_START = re.compile(
 
 
 def _say_nothing(_: str) -> None:
+    pass
+
+
+def _ignore_token(_: int) -> None:
     pass
 
 
@@ -126,6 +132,7 @@ class Story:
         params: SamplingParams,
         visitor: str | None,
         pace: float | None,
+        seeds: Sequence[int],
     ):
         self.id = uuid.uuid4().hex[:12]
         self.prompt, self.mode, self.params, self.visitor = prompt, mode, params, visitor
@@ -140,16 +147,44 @@ class Story:
         tokenizer = storyteller.tokenizer
         plain = plain_text(prompt)
         ids = tokenizer.encode_idea(plain) if mode == "idea" else tokenizer.encode_opening(plain)
-        self._request = Request(
-            ids,
-            params,
-            n_kept=len(ids) if mode == "idea" else 1,
-            on_token=self._on_token,
-            on_finish=self._on_finish,
-            pace=pace,
-        )
+        n_kept = len(ids) if mode == "idea" else 1
+        self._request = Request(ids, params, n_kept, self._on_token, self._on_finish, pace=pace)
+        # A draft is written at full speed, only to choose a seed: told again with it, the story is the same.
+        self._drafts = [
+            Request(ids, replace(params, seed=seed), n_kept, _ignore_token, partial(self._on_draft_finish, i))
+            for i, seed in enumerate(seeds)
+        ]
+        self._draft_ends: dict[int, FinishReason] = {}
+
+    def begin(self) -> None:
+        """Hand the story, or its drafts first, to the engine. Raises BusyError when too many are waiting."""
+        engine = self._storyteller.engine
+        if not self._drafts:
+            engine.submit(self._request)
+            return
+        engine.submit(self._drafts[0])
+        for draft in self._drafts[1:]:
+            engine.submit(draft, accepted=True)
 
     # On the engine's thread.
+
+    def _on_draft_finish(self, number: int, reason: FinishReason, error: str | None) -> None:
+        self._draft_ends[number] = reason
+        if len(self._draft_ends) < len(self._drafts):
+            return
+        whole = [i for i, end in self._draft_ends.items() if end in (FinishReason.STOP, FinishReason.LENGTH)]
+        if whole:
+            best = max(sorted(whole), key=self._draft_score)
+            self.params = self._request.params = self._drafts[best].params
+        self._drafts = []
+        try:
+            self._storyteller.engine.submit(self._request, accepted=True)
+        except TaleloomError:  # the engine was closed meanwhile
+            self._on_finish(FinishReason.CANCELLED, None)
+
+    def _draft_score(self, number: int) -> float:
+        text = self._storyteller.tokenizer.decode(self._drafts[number].generated)
+        return score(self.prompt, text, ended=self._draft_ends[number] is FinishReason.STOP)
 
     def _on_token(self, token: int) -> None:
         piece = self._decoder.push(token)
@@ -234,12 +269,14 @@ class Story:
     @property
     def place_in_queue(self) -> int:
         """1 when this story is the next to begin, 0 when it has begun."""
-        return self._storyteller.engine.place_in_queue(self._request)
+        drafting = self._drafts  # the engine's thread may empty it
+        return self._storyteller.engine.place_in_queue(drafting[0] if drafting else self._request)
 
     def stop(self) -> None:
         """End the story where it is; its text stays. Harmless when it has ended."""
         if self.finish_reason is None:
-            self._storyteller.engine.cancel(self._request)
+            for request in (self._request, *self._drafts):
+                self._storyteller.engine.cancel(request)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end; whether it came in time."""
@@ -351,12 +388,19 @@ class Storyteller:
         mode: Mode | None = None,
         visitor: str | None = None,
         pace: float | None = None,
+        n_drafts: int = N_DRAFTS,
+        seeds: Sequence[int] = (),
     ) -> Story:
         """Begin a story and return at once; it grows on the engine's thread.
+
+        Without a seed several are tried, unseen, and the one whose story keeps best to the prompt is taken
+        (model/drafts.py). It is the story's seed: given again, it tells the same story.
 
         Args:
             prompt: an opening, which the story continues word for word, or an idea for one.
             mode: which of the two; None guesses (see guess_mode).
+            n_drafts: how many seeds to try at most; fewer when many stories are running. 1 takes the first.
+            seeds: try just these, whatever n_drafts says.
             visitor: whoever asks, when `max_running_per_visitor` limits how many stories one may have running.
             pace: tokens a second at most, for a reader who follows along; None is as fast as it goes.
 
@@ -365,17 +409,20 @@ class Storyteller:
             BusyError: too many stories are waiting, or this visitor has too many running.
         """
         params = params or SamplingParams()
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbelow(2**31))
+        if params.seed is None and not seeds:
+            n_tried = max(1, min(n_drafts, self.engine.n_free // 2))
+            seeds = [secrets.randbelow(2**31) for _ in range(n_tried)]
+        if seeds:
+            params = replace(params, seed=seeds[0])
         mode = mode or (guess_mode(prompt) if self.knows_ideas else "opening")
         if mode == "idea" and not self.knows_ideas:
             raise InputError("This storyteller was not trained on ideas. Give it the opening of a story.")
         prompt = prompt.strip()
         self._check_prompt(prompt, mode)
-        story = Story(self, prompt, mode, params, visitor, pace)
+        story = Story(self, prompt, mode, params, visitor, pace, seeds if len(seeds) > 1 else ())
         with self._lock:
             self._check_visitor(visitor)
-            self.engine.submit(story._request)
+            story.begin()
             self._stories[story.id] = story
             done = [story_id for story_id, story in self._stories.items() if story.is_done]
             for story_id in done[: max(0, len(self._stories) - N_REMEMBERED)]:

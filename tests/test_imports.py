@@ -43,10 +43,9 @@ WITHOUT_TORCH = (
     "model/engine/cpu_backend.py",
     "model/hub/export.py",
     "model/hub/pull.py",
-    *(
-        f"model/evaluation/{name}.py"
-        for name in ("cloze", "text", "stories", "following", "overlap", "realism", "suite")
-    ),
+    *(f"model/evaluation/{name}.py" for name in ("cloze", "stories", "following", "overlap", "realism", "suite")),
+    "model/text.py",
+    "model/drafts.py",
     "model/worlds/world.py",
     "model/training/data.py",
     "model/training/ideas.py",

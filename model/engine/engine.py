@@ -49,18 +49,27 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="taleloom-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, accepted: bool = False) -> None:
         """Queue a request.
+
+        Args:
+            accepted: it goes on with a story that was taken already: neither a full queue nor `retire` refuses it.
 
         Raises:
             BusyError: too many are waiting.
             EngineError: the engine was closed.
         """
         with self._changed:
-            if self._closing or self._retiring:
+            if self._closing or (self._retiring and not accepted):
                 raise EngineError("This storyteller is no longer here. Load it again.")
-            self._scheduler.add(request)
+            self._scheduler.add(request, accepted)
             self._changed.notify()
+
+    @property
+    def n_free(self) -> int:
+        """How many requests could run beside those that are here."""
+        with self._changed:
+            return self._scheduler.n_free
 
     def cancel(self, request: Request) -> None:
         """Ask for an early end; harmless when the request has ended. `on_finish` follows within a step."""

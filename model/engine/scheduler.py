@@ -34,10 +34,11 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, accepted: bool = False) -> None:
+        """Queue a request; one that is `accepted` already is never refused."""
         assert request not in self.running and request not in self.waiting, "a request is queued once"
         # Those for whom a slot is free leave the queue before the next step.
-        if (n_waiting := len(self.waiting) - len(self._free)) >= self._max_waiting:
+        if (n_waiting := len(self.waiting) - len(self._free)) >= self._max_waiting and not accepted:
             raise BusyError(f"{n_waiting} stories are waiting already. Try again in a minute.")
         self.waiting.append(request)
 
@@ -67,6 +68,11 @@ class Scheduler:
     def place_in_queue(self, request: Request) -> int:
         """1 for the next to run, 0 when it runs or is about to."""
         return max(0, self.waiting.index(request) + 1 - len(self._free)) if request in self.waiting else 0
+
+    @property
+    def n_free(self) -> int:
+        """Slots that nobody holds or waits for."""
+        return max(0, len(self._free) - len(self.waiting))
 
     @property
     def can_admit(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.evaluation.stories import share
-from model.evaluation.text import sentences
+from model.text import sentences
 
 IDEAS = Path(__file__).parent / "data" / "ideas.jsonl"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from model.evaluation.stories import share
-from model.evaluation.text import words
+from model.text import words
 
 RUN_N, COPIED_N = 8, 13
 N_SELF_BLEU = 100  # stories; the score rises with the number of references, so it is always the same

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from model.evaluation.stories import reading_grade, repeated_sentences, share
-from model.evaluation.text import names, sentences, words
+from model.text import names, sentences, words
 
 N_SPLITS = 20
 VALIDATION_SHARE = 0.2

@@ -34,7 +34,12 @@ ROWS = {
     "chrf": ("chrF against the real continuation", ".1f"),
     "chrf_chance": ("chrF against another story's", ".1f"),
 }
-COLUMNS = {"ideas": "from ideas", "continuations": "from openings", "real": "real stories"}
+COLUMNS = {
+    "ideas": "from ideas, best draft",
+    "first_drafts": "first draft",
+    "continuations": "from openings",
+    "real": "real stories",
+}
 DETECTED = {
     "generated": "this storyteller",
     "control_real": "control: other real stories",

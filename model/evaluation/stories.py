@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from model.evaluation.text import names, sentences, words
+from model.text import names, sentences, words
 
 DISTINCT_NGRAMS = 10_000  # the ratio falls with the amount of text, so it is taken of the same amount
 MIN_REPEATED_WORDS = 4  # '"Oh!" said Ben' may come twice

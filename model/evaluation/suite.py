@@ -13,7 +13,7 @@ from model.evaluation.following import Idea, following
 from model.evaluation.overlap import continuation_overlap, copied, self_bleu
 from model.evaluation.realism import detection, shuffled
 from model.evaluation.stories import ToldStory, measure_texts, share
-from model.evaluation.text import SENTENCE_END, sentences
+from model.text import SENTENCE_END, sentences
 from model.tokenizer import Tokenizer
 
 OPENING_SENTENCES = 2

@@ -160,7 +160,7 @@ class TrainingRun:
     def _identity(self) -> dict[str, str]:
         """What must not change between a checkpoint and its resumption."""
         # The rates may change: that is how a run that diverged is rescued.
-        free = dict.fromkeys(("rows_per_pass", "eval_every", "save_every"), 1)
+        free: dict[str, Any] = dict.fromkeys(("rows_per_pass", "eval_every", "save_every"), 1)
         fixed = dataclasses.replace(self.config, **free, muon_lr=0.0, adamw_lr=0.0)
         return {
             "model": json.dumps(dataclasses.asdict(self.decoder.config)),

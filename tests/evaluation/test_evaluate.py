@@ -8,11 +8,12 @@ from click.testing import CliRunner
 
 from model.checkpoint import load_tokenizer, read_config
 from model.cli import main
+from model.drafts import N_DRAFTS
 from model.errors import InputError
 from model.evaluation.following import Idea
 from model.evaluation.report import COLUMNS, DETECTED, ROWS
 from model.evaluation.suite import split_openings
-from model.evaluation.text import sentences
+from model.text import sentences
 
 
 def evaluate(*arguments):
@@ -48,7 +49,10 @@ def test_stories_are_told_measured_and_kept(tiny_model, jsonl, tmp_path, monkeyp
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     told = [json.loads(line) for line in (out / "ideas.jsonl").read_text().splitlines()]
     assert [story["prompt"] for story in told] == [ideas[i].idea for i in (0, 1, 0)]
-    assert [story["seed"] for story in told] == [1, 2, 3] and all(0 < story["tokens"] <= 30 for story in told)
+    assert [(story["seed"] - 1) // N_DRAFTS for story in told] == [0, 1, 2]  # one of the story's own drafts
+    assert all(0 < story["tokens"] <= 30 for story in told)
+    first = [json.loads(line) for line in (out / "first_drafts.jsonl").read_text().splitlines()]
+    assert [story["seed"] for story in first] == [1, 2, 3]
     assert len((out / "continuations.jsonl").read_text().splitlines()) == 12
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from model.evaluation.realism import detection, features, shuffled
-from model.evaluation.text import sentences
+from model.text import sentences
 
 NAMES = "Mia Tom Ben Lily Sam Anna Max Sue".split()
 THINGS = "kite ball drum boat cake shell hat lamp".split()

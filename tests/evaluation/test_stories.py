@@ -4,7 +4,7 @@ import pytest
 
 from model.evaluation.following import Idea, following, is_kept, read_ideas, sentences_with
 from model.evaluation.stories import distinct_n, measure_texts, name_consistency, reading_grade, repeated_sentences
-from model.evaluation.text import names, sentences, words
+from model.text import names, sentences, words
 
 
 def test_sentences_end_where_a_reader_would_say():
