@@ -218,3 +218,79 @@ class TrainingConfig:
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         decay = (n_steps - step) / max(1.0, self.decay_fraction * n_steps)
         return min(warmup, decay, 1.0)
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """How a storyteller learns a reader's own stories; see model/training/finetune.py.
+
+    Raises InputError with a sentence for the reader when a value cannot be used.
+    """
+
+    method: str = "full"  # "full": every weight; "lora": low-rank additions (Hu et al. 2021), merged at the end
+    epochs: float = 12.0  # times the own stories are read, at most
+    max_minutes: float | None = None  # of training, at most
+    learning_rate: float = 0.002  # Muon's for matrices (AdamW's is a third of it); with LoRA AdamW's alone
+    schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to zero, or "constant"
+    warmup_share: float = 0.05
+    rows_per_step: int = 4  # sequences behind one optimizer step
+    rows_per_pass: int = 4  # sequences in memory at once; fewer means gradient accumulation
+    weight_decay: float = 0.1
+    dropout: float = 0.1  # of what each layer adds
+    replay_share: float = 0.3  # part of what is read that is the original stories, against forgetting
+    frozen_layers: int = 0  # the lowest ones
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    evaluations: int = 10  # over the whole run: held-out loss, the test ideas told again
+    patience: int = 3  # evaluations without a better held-out loss before it ends; 0 never does
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        self._check_choice("method", ("full", "lora"))
+        self._check_choice("schedule", ("linear", "cosine", "constant"))
+        self._check_number("epochs", 0.1, 1000)
+        if self.max_minutes is not None:
+            self._check_number("max_minutes", 0.01, 7 * 24 * 60)
+        self._check_number("learning_rate", 1e-6, 0.1)
+        for name in ("warmup_share", "dropout", "replay_share"):
+            self._check_number(name, 0, 0.9)
+        self._check_number("weight_decay", 0, 10)
+        self._check_number("lora_alpha", 0, 1024)
+        for name, low, high in (
+            ("rows_per_step", 1, 256),
+            ("rows_per_pass", 1, 256),
+            ("frozen_layers", 0, 1000),
+            ("lora_rank", 0, 256),
+            ("evaluations", 1, 200),
+            ("patience", 0, 200),
+            ("seed", 0, 2**31 - 1),
+        ):
+            self._check_number(name, low, high)
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} is {getattr(self, name)!r}. Use a whole number.")
+        unknown = set(self.lora_targets) - set(LORA_TARGETS)
+        if unknown or not self.lora_targets:
+            raise InputError(f"lora_targets can hold {', '.join(LORA_TARGETS)}, and at least one of them.")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise InputError(f"{name} is {getattr(self, name)!r}. It can be {' or '.join(allowed)}.")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not low <= value <= high:
+            raise InputError(f"{name} is {value!r}. Use a number from {low:g} to {high:g}.")
+
+
+# What the fine-tune page and `taleloom finetune --preset` offer by name.
+FINE_TUNE_PRESETS = {
+    "quick": FineTuneSettings(epochs=8, max_minutes=2, evaluations=6),
+    "good": FineTuneSettings(epochs=20, max_minutes=15, evaluations=12),
+    "thorough": FineTuneSettings(epochs=60, max_minutes=90, evaluations=24, patience=6),
+}
