@@ -124,10 +124,13 @@ class Layer(nn.Module):
         self.self_attn = ATTENTIONS[config.attention](config, layer)
         self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLPS[config.mlp](config)
+        self.dropout: float = 0.0  # of what is added to x, while training (Srivastava et al. 2014); set by who trains
 
     def forward(self, x_btd: Tensor, rotation: tuple[Tensor, Tensor], cache: CacheView | None) -> Tensor:
-        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), rotation, cache)
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd))
+        y_btd = self.self_attn(self.input_layernorm(x_btd), rotation, cache)
+        x_btd = x_btd + F.dropout(y_btd, self.dropout, self.training)
+        y_btd = self.mlp(self.post_attention_layernorm(x_btd))
+        return x_btd + F.dropout(y_btd, self.dropout, self.training)
 
 
 class Trunk(nn.Module):

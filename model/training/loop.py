@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,81 @@ from model.training.data import PreparedData
 from model.training.optimizer import Optimizer
 
 N_HELD_OUT = 100  # stories scored at each evaluation
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def padded_targets(rows: np.ndarray, pad: int) -> np.ndarray:
+    """What is to be predicted after each token of rows [n, context + 1] but the last; -100 where that is padding."""
+    return np.where(rows[:, 1:] == pad, -100, rows[:, 1:])
+
+
+def summed_loss(decoder: Decoder, inputs_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, in bfloat16 where that is safe, summed over the targets that are not -100."""
+    with torch.autocast(inputs_bt.device.type, torch.bfloat16):
+        logits_btv = decoder(inputs_bt)
+    return F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="sum")
+
+
+def add_gradients(
+    loss: Loss, rows: np.ndarray, targets: np.ndarray, chosen: list[int], rows_per_pass: int, device: torch.device
+) -> torch.Tensor:
+    """Add up the chosen rows' gradients, some at a time; returns their share of the mean loss over all targets."""
+    n_targets = max(1, int((targets >= 0).sum()))
+    total = torch.zeros((), device=device)
+    for i in range(0, len(chosen), rows_per_pass):
+        some = chosen[i : i + rows_per_pass]
+        inputs_bt = torch.from_numpy(rows[some, :-1]).to(device)
+        targets_bt = torch.from_numpy(targets[some]).to(device)
+        mean = loss(inputs_bt, targets_bt) / n_targets
+        mean.backward()
+        total += mean.detach()
+    return total
+
+
+def save_checkpoint(path: Path, decoder: Decoder, optimizer: Optimizer, metadata: dict[str, str]) -> None:
+    """Write what a run needs to go on: weights, the optimizer's state, and what `metadata` says."""
+    tensors = {f"model.{name}": w for name, w in decoder.state_dict().items() if name != "lm_head.weight"}
+    if not decoder.config.tie_word_embeddings:
+        tensors["model.lm_head.weight"] = decoder.lm_head.weight
+    tensors |= {f"optimizer.{name}": w for name, w in optimizer.state().items()}
+    tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_checkpoint(path: Path, decoder: Decoder, optimizer: Optimizer, identity: dict[str, str]) -> dict[str, str]:
+    """Take back what `save_checkpoint` wrote; returns its metadata.
+
+    Raises:
+        ModelError: it is damaged, or its metadata differ from `identity`: it belongs to another run.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{path} is damaged ({error}). Delete it to start again.") from error
+    changed = [name for name, value in identity.items() if metadata.get(name) != value]
+    if changed:
+        raise ModelError(
+            f"{path.parent} holds a run with other settings ({', '.join(changed)}). Choose another folder."
+        )
+    weights = {k.removeprefix("model."): w for k, w in tensors.items() if k.startswith("model.")}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    decoder.load_state_dict(weights)
+    optimizer.load_state({k.removeprefix("optimizer."): w for k, w in tensors.items() if k.startswith("optimizer.")})
+    return metadata
+
+
+def trim_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what was written after `step`, or only half, and return the rest: a resumed run writes it anew."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a kill can leave half a line
+                if (record := json.loads(line))["step"] <= step:
+                    kept.append(record)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 class TrainingRun:
@@ -69,8 +145,9 @@ class TrainingRun:
         if self.decoder.config != model_config:
             raise TaleloomError(f"{initial} has another shape than the model to be trained.")
         self.decoder.to(self.device)
-        self._loss = torch.compile(self._summed_loss) if config.compile else self._summed_loss
-        self.optimizer = Optimizer(self.decoder, config)
+        loss = partial(summed_loss, self.decoder)
+        self._loss: Loss = torch.compile(loss) if config.compile else loss
+        self.optimizer = Optimizer(self.decoder, config.muon_lr, config.adamw_lr, config.weight_decay)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
         if not self.n_steps:
             raise TaleloomError(f"The data fills {len(data.rows)} rows, less than one step of {config.rows_per_step}.")
@@ -117,32 +194,18 @@ class TrainingRun:
 
     def _gradients(self) -> tuple[float, float]:
         """Accumulate the step's clipped gradients; returns the loss in nats per token and the norm before clipping."""
-        config, pad = self.config, self.data.tokenizer.pad_id
+        config = self.config
         first = self.step * config.rows_per_step
         rows = np.asarray(self.data.rows[first : first + config.rows_per_step], np.int64)
-        targets = np.where(rows[:, 1:] == pad, -100, rows[:, 1:])
-        n_targets = int((targets >= 0).sum())
-        total = torch.zeros((), device=self.device)
+        targets = padded_targets(rows, self.data.tokenizer.pad_id)
         mine = range(self.rank, len(rows), self.n_processes)
-        for i in range(0, len(mine), config.rows_per_pass):
-            chosen = list(mine[i : i + config.rows_per_pass])
-            inputs_bt = torch.from_numpy(rows[chosen, :-1]).to(self.device)
-            targets_bt = torch.from_numpy(targets[chosen]).to(self.device)
-            loss = self._loss(inputs_bt, targets_bt) / n_targets
-            loss.backward()
-            total += loss.detach()
+        total = add_gradients(self._loss, rows, targets, list(mine), config.rows_per_pass, self.device)
         if self.n_processes > 1:
             dist.all_reduce(total)
             for parameter in self.decoder.parameters():
                 dist.all_reduce(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), config.max_grad_norm)
         return total.item(), norm.item()
-
-    def _summed_loss(self, inputs_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the targets that are not padding (-100)."""
-        with torch.autocast(self.device.type, torch.bfloat16):
-            logits_btv = self.decoder(inputs_bt)
-        return F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="sum")
 
     def evaluate(self) -> float:
         """Bits per byte on held-out stories."""
@@ -169,39 +232,12 @@ class TrainingRun:
         }
 
     def _save(self) -> None:
-        tensors = {f"model.{name}": w for name, w in self.decoder.state_dict().items() if name != "lm_head.weight"}
-        if not self.decoder.config.tie_word_embeddings:
-            tensors["model.lm_head.weight"] = self.decoder.lm_head.weight
-        tensors |= {f"optimizer.{name}": w for name, w in self.optimizer.state().items()}
-        tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
-        metadata = {"step": str(self.step), **self._identity()}
-        write_atomically(self._checkpoint, safetensors.torch.save(tensors, metadata))
+        save_checkpoint(self._checkpoint, self.decoder, self.optimizer, {"step": str(self.step), **self._identity()})
 
     def _resume(self) -> None:
         """Continue from the checkpoint, less metrics written after it; raises ModelError when it is another run's."""
-        metrics = self.folder / "metrics.jsonl"
         if self._checkpoint.is_file():
-            try:
-                with safetensors.safe_open(self._checkpoint, "pt") as file:
-                    metadata = file.metadata()
-                tensors = safetensors.torch.load_file(self._checkpoint)
-            except safetensors.SafetensorError as error:
-                raise ModelError(f"{self._checkpoint} is damaged ({error}). Delete it to start again.") from error
-            changed = [name for name, value in self._identity().items() if metadata.get(name) != value]
-            if changed:
-                raise ModelError(
-                    f"{self.folder} holds a run with other settings ({', '.join(changed)}). Choose another folder."
-                )
-            weights = {k.removeprefix("model."): w for k, w in tensors.items() if k.startswith("model.")}
-            weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-            self.decoder.load_state_dict(weights)
-            state = {k.removeprefix("optimizer."): w for k, w in tensors.items() if k.startswith("optimizer.")}
-            self.optimizer.load_state(state)
+            metadata = load_checkpoint(self._checkpoint, self.decoder, self.optimizer, self._identity())
             self.step = int(metadata["step"])
-        if self.rank == 0 and metrics.exists():
-            kept = []
-            for line in metrics.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a kill can leave half a line
-                    if json.loads(line)["step"] <= self.step:
-                        kept.append(line + "\n")
-            write_atomically(metrics, "".join(kept))
+        if self.rank == 0:
+            trim_metrics(self.folder / "metrics.jsonl", self.step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.config import TrainingConfig
 from model.decoder import Decoder
 
 
@@ -16,22 +15,24 @@ class Optimizer:
     to AdamW's RMS (Liu et al. 2025, "Muon is scalable for LLM training") so that one weight decay serves both.
     """
 
-    def __init__(self, decoder: Decoder, config: TrainingConfig):
-        self.config = config
-        matrices = [p for p in decoder.model.layers.parameters() if p.dim() == 2]
+    def __init__(self, decoder: Decoder, muon_lr: float, adamw_lr: float, weight_decay: float):
+        """Of `decoder`, what requires a gradient. A muon_lr of 0 leaves the matrices to AdamW too."""
+        matrices = [p for p in decoder.model.layers.parameters() if p.dim() == 2 and p.requires_grad and muon_lr]
         taken = {id(p) for p in matrices}
-        others = [p for p in decoder.parameters() if id(p) not in taken]
+        others = [p for p in decoder.parameters() if id(p) not in taken and p.requires_grad]
         decayed = [p for p in others if p.dim() == 2]
         gains = [p for p in others if p.dim() < 2]
-        self._muon = torch.optim.Muon(
-            matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        self._adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}],
-            lr=config.adamw_lr,
-            betas=(0.9, 0.95),
-        )
-        self._parts = {"muon": (self._muon, config.muon_lr), "adamw": (self._adamw, config.adamw_lr)}
+        self._parts: dict[str, tuple[torch.optim.Optimizer, float]] = {}
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self._parts["muon"] = muon, muon_lr
+        if others:
+            adamw = torch.optim.AdamW(
+                [{"params": decayed, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}],
+                lr=adamw_lr,
+                betas=(0.9, 0.95),
+            )
+            self._parts["adamw"] = adamw, adamw_lr
 
     def step(self, lr_scale: float) -> None:
         """Update the weights from their gradients at lr_scale times the configured rates, then clear the gradients."""
