@@ -1,5 +1,7 @@
 """The front door: page config and the menu. Each folder of pages/ is one section of it."""
 
+from pathlib import Path
+
 import streamlit as st
 
 # An emoji or a :material: icon would be fetched from a font server; a drawing of our own works without a network.
@@ -18,7 +20,13 @@ st.set_page_config(
     menu_items={"About": "Taleloom writes short stories with a small language model that runs on this very machine."},
 )
 
+st.html(Path(__file__).parent / "pages" / "taleloom.css")
 pages = {
     "Create": [st.Page("pages/create/story.py", title="Write a story", icon=":material/auto_stories:", default=True)],
+    "Train": [
+        st.Page("pages/train/finetune.py", title="Teach it your stories", icon=":material/school:"),
+        st.Page("pages/train/job.py", title="A fine-tune", visibility="hidden"),
+        st.Page("pages/train/models.py", title="Storytellers", icon=":material/groups:"),
+    ],
 }
 st.navigation(pages, position="top").run()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import click
 
+from model.cli_jobs import finetune, jobs
 from model.config import CHECKOUT, ModelConfig, SamplingParams, TrainingConfig
 from model.drafts import N_DRAFTS
 from model.errors import InputError, TaleloomError
@@ -475,11 +476,14 @@ def app(port: int, address: str, model: str | None, device: str) -> None:
     environment = {**os.environ, "TALELOOM_DEVICE": device}
     if model:
         environment["TALELOOM_MODEL"] = str(Path(model).resolve()) if Path(model).is_dir() else model
-    command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port)]
+    command = [sys.executable, "-m", "pages.shared.serve", "run", str(script), "--server.port", str(port)]
     os.chdir(CHECKOUT)  # where .streamlit/config.toml is
     # In place of this process, so that whoever stops it stops the server.
     os.execve(sys.executable, [*command, "--server.address", address], environment)
 
+
+main.add_command(finetune)
+main.add_command(jobs)
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,4 +294,60 @@ FINE_TUNE_PRESETS = {
     "quick": FineTuneSettings(epochs=8, max_steps=200, evaluations=6),
     "good": FineTuneSettings(epochs=20, max_steps=1_500, evaluations=12),
     "thorough": FineTuneSettings(epochs=60, max_steps=9_000, evaluations=24, patience=6),
+}
+
+
+@dataclass(frozen=True)
+class TrainingLimits:
+    """What visitors may ask of training. None is no limit; days are the last 24 hours, deleted jobs counted.
+
+    Raises InputError when a value cannot be used.
+    """
+
+    mode: str = "open"  # "off": nobody trains; "limited": within LIMITED; "open": for one's own machine
+    max_upload_mb: int = 50
+    max_job_tokens: int | None = None  # of the stories to train on
+    max_job_steps: int | None = None
+    max_jobs_per_visitor: int | None = None  # a day
+    max_jobs_per_day: int | None = None  # of all visitors
+    max_queue: int | None = None  # jobs that wait
+    disk_quota_mb: int | None = None  # of all jobs' folders
+    sign_in: bool = False  # only visitors who are signed in
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("off", "limited", "open"):
+            raise InputError(f"TALELOOM_TRAINING is {self.mode!r}. It can be off, limited or open.")
+        for name, value in dataclasses.asdict(self).items():
+            if name not in ("mode", "sign_in") and value is not None and (not isinstance(value, int) or value < 0):
+                raise InputError(f"{name} is {value!r}. Use a whole number of at least 0.")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> TrainingLimits:
+        """TALELOOM_TRAINING (on a Space it is off unless asked for), TALELOOM_TRAINING_SIGN_IN=1 and one variable a
+        number, such as TALELOOM_MAX_UPLOAD_MB; empty ones count as unset.
+
+        Raises:
+            InputError: a variable holds something else than it can.
+        """
+        mode = environment.get("TALELOOM_TRAINING") or ("off" if environment.get("SPACE_ID") else "open")
+        values: dict[str, Any] = dict(LIMITED) if mode == "limited" else {}
+        for field in dataclasses.fields(cls):
+            name = f"TALELOOM_{field.name.upper()}"
+            if field.name not in ("mode", "sign_in") and (value := environment.get(name)):
+                if not value.isdecimal():
+                    raise InputError(f"{name} is {value!r}. Use a whole number of at least 0.")
+                values[field.name] = int(value)
+        sign_in = environment.get("TALELOOM_TRAINING_SIGN_IN", "").lower() in ("1", "true", "yes", "on")
+        return cls(mode=mode, sign_in=sign_in, **values)
+
+
+# With two shared cores a job of this size takes some five minutes.
+LIMITED = {
+    "max_upload_mb": 5,
+    "max_job_tokens": 500_000,
+    "max_job_steps": 500,
+    "max_jobs_per_visitor": 3,
+    "max_jobs_per_day": 50,
+    "max_queue": 5,
+    "disk_quota_mb": 10_000,
 }

@@ -13,9 +13,12 @@ PAGES_MAY = {
     "model.config",
     "model.errors",
     "model.library",
+    "model.jobs.admission",
     "model.jobs.manager",
     "model.jobs.record",
     "model.intake",
+    "model.jobs.plan",
+    "model.own_models",
     "model.evaluation",
     "model.hub.pull",
     "model.hub.publish",
@@ -31,9 +34,17 @@ FORBIDDEN = {
         ("model.engine", "model.training", "model.evaluation", "model.hub", "model.storyteller", "model.cli"),
     ),
     "model/storyteller.py": ("model.training", "model.evaluation", "model.cli"),
+    **dict.fromkeys(
+        tuple(f"model/jobs/{name}.py" for name in ("manager", "admission", "launcher", "record", "state", "process")),
+        ("model.training", "model.engine", "model.storyteller", "model.hub", "model.cli", "model.jobs.worker",
+         "model.jobs.task"),
+    ),
+    "model/jobs/worker.py": ("model.jobs.manager", "model.engine", "model.storyteller", "model.hub", "model.cli"),
+    "model/intake": ("model.engine", "model.evaluation", "model.storyteller", "model.jobs", "model.cli"),
 }  # fmt: skip
 WITHOUT_TORCH = (
     "model/config.py",
+    *(f"model/jobs/{name}.py" for name in ("manager", "admission", "launcher", "record", "state", "process", "worker")),
     "model/errors.py",
     "model/tokenizer.py",
     "model/engine/request.py",
@@ -49,6 +60,8 @@ WITHOUT_TORCH = (
     "model/worlds/world.py",
     "model/training/data.py",
     "model/training/ideas.py",
+    "model/training/contamination.py",
+    *(f"model/intake{part}.py" for part in ("", "_text", "_formats", "_rows", "_check")),
 )
 
 

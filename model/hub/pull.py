@@ -46,13 +46,23 @@ def pull_model(spec: str, progress: Callable[[str], None], use_token: bool = Tru
     return _pull("model", spec, choose_model_files, progress, None if use_token else False)[0].parent
 
 
-def pull_dataset(repo_id: str, progress: Callable[[str], None] = lambda _: None) -> list[Path]:
+def pull_dataset(
+    repo_id: str,
+    progress: Callable[[str], None] = lambda _: None,
+    use_token: bool = True,
+    max_bytes: int | None = None,
+) -> list[Path]:
     """The training files (Parquet, JSONL or text) of the Hub's data set `repo_id`, sorted. Downloads what is not there.
+
+    Args:
+        use_token: as in `pull_model`.
+        max_bytes: what all of them may have together; None is MAX_BYTES.
 
     Raises:
         InputError: as ModelError of `pull_model`, for a data set.
     """
-    return sorted(_pull("dataset", repo_id, choose_training_files, progress))
+    token: Literal[False] | None = None if use_token else False
+    return sorted(_pull("dataset", repo_id, choose_training_files, progress, token, max_bytes))
 
 
 def choose_model_files(names: Iterable[str]) -> list[str]:
@@ -100,6 +110,7 @@ def _pull(
     choose: Callable[[Iterable[str]], list[str]],
     progress: Callable[[str], None],
     token: Literal[False] | None = None,
+    max_bytes: int | None = None,
 ) -> list[Path]:
     """Download what `choose` picks from the repository's file names, in that order."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -131,8 +142,9 @@ def _pull(
         names = choose(sizes)
     except TaleloomError as error:
         raise failure(f"{repo} cannot be used. {error}") from error
-    if (n_bytes := sum(sizes[name] for name in names)) > MAX_BYTES[kind]:
-        raise failure(f"{repo} has {_size(n_bytes)}; {_size(MAX_BYTES[kind])} are the most. Choose a smaller one.")
+    most = max_bytes or MAX_BYTES[kind]
+    if (n_bytes := sum(sizes[name] for name in names)) > most:
+        raise failure(f"{repo} has {_size(n_bytes)}; {_size(most)} are the most. Choose a smaller one.")
     paths = []
     try:
         for name in names:

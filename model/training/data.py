@@ -156,7 +156,7 @@ def clean(text: str) -> str:
     if len(lines) > 2 and len(lines[0]) < 70 and not re.search(r"[.!?,:;\"']$", lines[0]):
         lines = lines[1:]
     while len(lines) > 2 and CHATTER.search(lines[-1]):
-        lines = lines[:-1]
+        lines.pop()
     return "\n".join(lines)
 
 

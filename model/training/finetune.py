@@ -27,6 +27,7 @@ from model.decoder import Decoder, Layer
 from model.errors import InputError, TaleloomError
 from model.evaluation.loss import bits_per_byte
 from model.training.data import pack, token_pieces
+from model.training.ideas import idea_for
 from model.training.loop import (
     add_gradients,
     load_checkpoint,
@@ -40,7 +41,7 @@ from model.training.optimizer import Optimizer
 
 Outcome = Literal["done", "paused", "cancelled"]
 Row = Mapping[str, Any]  # text, prompt, split
-IDEA_SHARE = 0.7  # part of the stories with a prompt that are told from it; the others begin as they are
+IDEA_SHARE = 0.7  # part of the stories that are told from their prompt, or one made of them; others begin as they are
 ADAMW_SHARE = 1 / 3  # of the learning rate: for embeddings and gains, beside Muon
 MAX_GRAD_NORM = 1.0
 N_SCORED = 100  # stories of each kind at an evaluation
@@ -66,7 +67,8 @@ class RowStream:
         sequences: list[list[int]] = []
         for i in order:
             story = self._stories[i]
-            idea = story.get("prompt") if rng.random() < IDEA_SHARE else None
+            told_from_idea = rng.random() < IDEA_SHARE
+            idea = (story.get("prompt") or idea_for({}, story["text"], rng)) if told_from_idea else None
             sequences += token_pieces(story["text"], idea, self._tokenizer, self._row_length)
         return list(pack(sequences, self._row_length, self._tokenizer.pad_id))
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import html
 import os
-import re
-import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -19,7 +16,9 @@ import streamlit as st
 
 from model.config import SamplingParams
 from model.errors import TaleloomError
+from model.own_models import own_models
 from model.storyteller import Mode, Story, Storyteller, find_model, guess_mode
+from pages.shared.parts import guarded, literally, show_complaint, visitor
 
 DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None
 DEVICE = os.environ.get("TALELOOM_DEVICE", "auto")
@@ -101,18 +100,16 @@ def first_storyteller() -> Storyteller:
 
 # A visitor who loads a third one must not end the stories of another: the one that goes tells its stories to the end.
 @st.cache_resource(show_spinner="The storyteller is waking up …", max_entries=2, on_release=Storyteller.retire)
-def chosen_storyteller(model: str) -> Storyteller:
+def chosen_storyteller(model: str, created: float | None) -> Storyteller:
     return wake(model)
 
 
 def storyteller_of(model: str | None) -> Storyteller:
     """One storyteller for all visitors; None is the one this app was started with."""
-    return first_storyteller() if model is None else chosen_storyteller(model)
-
-
-def literally(text: str) -> str:
-    """Markdown that shows a text as it is: a message may quote what somebody typed."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+    if model is None:
+        return first_storyteller()
+    # One of the user's own may be deleted, and another be given its name.
+    return chosen_storyteller(model, next((own.created for own in own_models() if own.name == model), None))
 
 
 def name_of(model: str | None) -> str:
@@ -120,17 +117,6 @@ def name_of(model: str | None) -> str:
     if model is None:
         return "The bundled storyteller" if DEFAULT_MODEL is None else Path(DEFAULT_MODEL).name
     return model
-
-
-def visitor() -> str:
-    """A key that stays the same over reloads and tabs: the token behind Streamlit's XSRF cookie, else the session."""
-    # The server masks the token anew for every response (2|mask|masked token|time): unmask it or it never repeats.
-    cookie = str(st.context.cookies.get("_streamlit_xsrf", ""))
-    match = re.fullmatch(r"2\|([0-9a-f]{8})\|((?:[0-9a-f]{2})+)\|\d+", cookie)
-    if match:
-        mask, token = (bytes.fromhex(part) for part in match.groups())
-        return bytes(byte ^ mask[i % 4] for i, byte in enumerate(token)).hex()
-    return str(st.session_state.setdefault("visitor", uuid.uuid4().hex))
 
 
 def current_story() -> Story | None:
@@ -159,14 +145,6 @@ def fill_in(story: Story) -> None:
 
 
 # What buttons do. Callbacks run before the page is drawn again, so one run shows the outcome.
-
-
-def guarded(action: Callable[[], None]) -> None:
-    """Do it; what a person should know about it goes to the page."""
-    try:
-        action()
-    except TaleloomError as error:
-        st.session_state.complaint = str(error)
 
 
 def tell(prompt: str, mode: Mode | None, params: SamplingParams) -> None:
@@ -220,8 +198,12 @@ def change_storyteller() -> None:
     st.session_state.wanted = st.session_state.model_field.strip()
 
 
-def use_first_storyteller() -> None:
-    st.session_state.model = None
+def pick_storyteller() -> None:
+    """One of those that are here; None is the first."""
+    if st.session_state.picked is None:
+        st.session_state.model = None
+    else:
+        st.session_state.wanted = st.session_state.picked
 
 
 # What the page shows.
@@ -253,19 +235,19 @@ def show_header() -> None:
             width="content",
         )
         with st.popover("Storyteller", type="tertiary"):
-            now_telling = st.empty()
+            here = st.empty()
             with st.form("storyteller", border=False):
                 st.text_input(
                     "Another storyteller",
                     key="model_field",
                     placeholder="owner/name or owner/name@revision",
-                    help="A Llama-style model of the Hugging Face Hub, or the name of a model of your own.",
+                    help="A Llama-style model of the Hugging Face Hub.",
                 )
                 st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
             load_wanted()
-            now_telling.text(f"Now telling: {name_of(st.session_state.model)}")
-            if st.session_state.model is not None:
-                st.button("Back to the first one", type="tertiary", on_click=use_first_storyteller)
+            st.session_state.picked = st.session_state.model
+            names = dict.fromkeys([None, *(model.name for model in own_models()), st.session_state.model])
+            here.selectbox("Now telling", list(names), format_func=name_of, key="picked", on_change=pick_storyteller)
 
 
 def show_form(knows_ideas: bool) -> None:
@@ -415,7 +397,6 @@ def show_endings(story: Story) -> None:
         st.button("New story", type="tertiary", icon=":material/add:", on_click=begin_anew)
 
 
-st.html(Path(__file__).with_name("story.css"))
 defaults = {"model": None, "prompt": "", "way": "Auto", "length": DEFAULTS.max_tokens, "read_along": True}
 defaults["seed"] = None
 for name, value in {**defaults, **{name: getattr(DEFAULTS, name) for name in SETTINGS}}.items():
@@ -429,8 +410,7 @@ except TaleloomError as error:
     st.error(literally(str(error)))
     st.stop()
 show_form(storyteller.knows_ideas)
-if "complaint" in st.session_state:
-    st.error(literally(st.session_state.pop("complaint")))
+show_complaint()
 if story is None:
     if "story" in st.query_params:
         st.info("That story is no longer remembered: the storyteller keeps the latest ones only. Ask for a new one.")

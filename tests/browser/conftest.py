@@ -26,8 +26,10 @@ STEP_S = 0 if os.environ.get("TALELOOM_SCREENSHOT") else 0.04
 UNHURRIED_APP = f"""
 import sys, time
 from model.engine.engine import Engine
+from streamlit.runtime.pages_manager import PagesManager
 from streamlit.web import cli
 
+PagesManager.uses_pages_directory = False  # as pages/shared/serve.py
 step = Engine._guarded_step
 
 def unhurried(engine, feeds):

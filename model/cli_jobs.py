@@ -1,0 +1,230 @@
+"""`taleloom finetune` and `taleloom jobs ...`: the fine-tune page's twin, on the same job folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from model.config import FINE_TUNE_PRESETS, LORA_TARGETS, FineTuneSettings
+from model.errors import InputError, TaleloomError
+from model.jobs.manager import JobManager
+from model.jobs.record import Job, JobState
+
+POLL_S = 0.5
+DEFAULTS = FineTuneSettings()
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+# Settings that have an option of their own; None leaves the preset's.
+OPTIONS: dict[str, Any] = {
+    "method": click.Choice(["full", "lora"]),
+    "epochs": float,
+    "max_steps": int,
+    "learning_rate": float,
+    "schedule": click.Choice(["linear", "cosine", "constant"]),
+    "rows_per_step": int,
+    "weight_decay": float,
+    "dropout": float,
+    "replay_share": float,
+    "frozen_layers": int,
+    "lora_rank": int,
+    "lora_alpha": float,
+    "evaluations": int,
+    "patience": int,
+    "seed": int,
+}
+
+
+def settings_options(command: Any) -> Any:
+    """Give a command one option for each setting in OPTIONS."""
+    for name, kind in reversed(OPTIONS.items()):
+        shown = f"Default: the preset's, usually {getattr(DEFAULTS, name)}."
+        if name == "lora_rank":
+            shown = "LoRA of this rank instead of all weights."
+        command = click.option("--" + name.replace("_", "-"), name, type=kind, default=None, help=shown)(command)
+    return click.option(
+        "--lora-target", "lora_targets", multiple=True, type=click.Choice(LORA_TARGETS), help="Default: all."
+    )(command)
+
+
+@click.command()
+@click.option("--data", help="A TXT, MD, JSONL, CSV, Parquet or ZIP file. Default: the sample set, a captain's log.")
+@click.option("--dataset", help="A Hub data set id, instead of --data.")
+@click.option("--split", default="train", show_default=True, help="Of the Hub data set.")
+@click.option("--text-column", help="Column of a table that holds the stories.")
+@click.option("--prompt-column", help="Column with the idea of each story.")
+@click.option("--name", required=True, help="What the new storyteller will be called.")
+@click.option("--preset", type=click.Choice(list(FINE_TUNE_PRESETS)), default="quick", show_default=True)
+@click.option("--model", "base", help="The storyteller to start from. Default: bundled.")
+@click.option("--idea", "ideas", multiple=True, help="A test idea, told again and again; up to four.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--detach", is_flag=True, help="Do not wait: `taleloom jobs` tells how it goes.")
+@settings_options
+@JSON
+def finetune(
+    data: str | None,
+    dataset: str | None,
+    split: str,
+    text_column: str | None,
+    prompt_column: str | None,
+    name: str,
+    preset: str,
+    base: str | None,
+    ideas: tuple[str, ...],
+    device: str,
+    detach: bool,
+    as_json: bool,
+    **changes: Any,
+) -> None:
+    """Teach a storyteller your own stories; afterwards `taleloom tell --model NAME` tells with it."""
+    from model.intake import read_dataset, read_file, read_sample
+
+    if data and dataset:
+        raise InputError("Give --data or --dataset, not both.")
+    if dataset:
+        taken = read_dataset(dataset, split, text_column, prompt_column)
+    elif data:
+        taken = read_file(Path(data), text_column=text_column, prompt_column=prompt_column)
+    else:
+        taken = read_sample()
+    for warning in taken.warnings:
+        click.echo(f"Note: {warning}", err=True)
+    changed = {key: value for key, value in changes.items() if value not in (None, ())}
+    if "lora_rank" in changed:
+        changed.setdefault("method", "lora")
+    settings = dataclasses.replace(FINE_TUNE_PRESETS[preset], **changed)
+    manager = JobManager()
+    rows = [dict(row) for row in taken.rows]
+    job = manager.create(name, rows, settings, base=base, source=taken.name, test_ideas=ideas, device=device)
+    if detach:
+        manager.detach()
+        click.echo(
+            json.dumps(_facts(job)) if as_json else f"Job {job.id} is {job.state}. See: taleloom jobs show {job.id}"
+        )
+        return
+    manager.keep_tending()
+    job = _watch(manager, job, quiet=as_json)
+    result = manager.result(job.id)
+    if as_json:
+        click.echo(json.dumps({**_facts(job), "result": result}))
+    if job.state is not JobState.DONE or result is None:
+        raise TaleloomError(f"The job is {job.state}: {job.message}")
+    if not as_json:
+        own = result.get("own_bits_per_byte")
+        if own:
+            click.echo(f"Bits per byte on your held-out stories: {own['before']:.3f} before, {own['after']:.3f} after.")
+        click.echo(f"Tell with it: taleloom tell 'a shy dragon' --model {result['name']}")
+
+
+def _watch(manager: JobManager, job: Job, quiet: bool) -> Job:
+    """Wait for the job's end; what it learns is told on the way. Interrupted, the job is paused."""
+    n_shown = 0
+    try:
+        while True:
+            job = manager.get(job.id)
+            if not quiet:
+                evaluations = [record for record in manager.metrics(job.id) if record.get("evaluation")]
+                for record in evaluations[n_shown:]:
+                    scores = ", ".join(
+                        f"{key.removesuffix('_bits_per_byte').replace('_', ' ')} {value:.3f}"
+                        for key, value in record.items()
+                        if key.endswith("_bits_per_byte")
+                    )
+                    click.echo(f"step {record['step']}/{record['steps']}: bits per byte {scores}", err=True)
+                n_shown = len(evaluations)
+            if not job.is_active:
+                return job
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        manager.pause(job.id)
+        click.echo(f"\nPaused. Go on with: taleloom jobs resume {job.id}", err=True)
+        sys.exit(130)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    facts: dict[str, Any] = {"id": job.id, "name": job.name, "state": str(job.state), "message": job.message}
+    return {**facts, "step": job.step, "steps": job.steps, "base": job.base, "source": job.source, "note": job.note}
+
+
+@click.group()
+def jobs() -> None:
+    """Fine-tunes: those waiting, running and done."""
+
+
+@jobs.command("list")
+@JSON
+def list_jobs(as_json: bool) -> None:
+    """All jobs, newest first."""
+    found = JobManager().list()[::-1]
+    if as_json:
+        click.echo(json.dumps([_facts(job) for job in found]))
+    for job in found if not as_json else ():
+        click.echo(f"{job.id}  {job.state:<9}  {job.progress:4.0%}  {job.name}  {job.message}")
+    if not found and not as_json:
+        click.echo("There are no jobs. Begin one: taleloom finetune --name pirates")
+
+
+@jobs.command()
+@click.argument("job_id")
+@JSON
+def show(job_id: str, as_json: bool) -> None:
+    """One job: state, settings, scores, result."""
+    manager = JobManager()
+    job = manager.get(job_id)
+    evaluations = [record for record in manager.metrics(job_id) if record.get("evaluation")]
+    facts = {**_facts(job), "settings": dataclasses.asdict(job.settings)}
+    facts |= {"evaluations": evaluations, "result": manager.result(job_id)}
+    click.echo(json.dumps(facts) if as_json else json.dumps(facts, indent=2))
+
+
+@jobs.command()
+@click.argument("job_id")
+@click.option("--lines", default=50, show_default=True)
+def logs(job_id: str, lines: int) -> None:
+    """The end of a job's log."""
+    manager = JobManager()
+    manager.get(job_id)
+    click.echo(manager.log(job_id, lines))
+
+
+@jobs.command()
+@click.argument("job_id")
+def pause(job_id: str) -> None:
+    """Stop after the present step, to be resumed exactly."""
+    JobManager().pause(job_id)
+
+
+@jobs.command()
+@click.argument("job_id")
+def resume(job_id: str) -> None:
+    """Go on with a paused or lost job."""
+    manager = JobManager()
+    manager.resume(job_id)
+    manager.detach()
+
+
+@jobs.command()
+@click.argument("job_id")
+def cancel(job_id: str) -> None:
+    """End a job; what it has learned until then is dropped."""
+    JobManager().cancel(job_id)
+
+
+@jobs.command()
+@click.argument("job_id")
+def retry(job_id: str) -> None:
+    """Begin a failed or cancelled job anew."""
+    manager = JobManager()
+    click.echo(manager.retry(job_id).id)
+    manager.detach()
+
+
+@jobs.command()
+@click.argument("job_id")
+def delete(job_id: str) -> None:
+    """Delete a job's folder; the storyteller that came of it stays."""
+    JobManager().delete(job_id)

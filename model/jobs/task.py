@@ -1,0 +1,279 @@
+"""What a worker does: fine-tune as its folder says, tell the test ideas now and then, and hand over the storyteller.
+
+Torch is imported only when it begins, so that the worker can say first that it has started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from model.checkpoint import write_atomically
+from model.config import FineTuneSettings, SamplingParams
+from model.errors import InputError, TaleloomError
+from model.jobs.record import Job, Row, read_lines, read_request, read_result, read_stories
+from model.own_models import OwnModel, add_model, models_folder, own_models
+from model.text import words
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+    from model.tokenizer import Tokenizer
+    from model.training.finetune import FineTune, Outcome
+
+ORIGINALS = Path(__file__).parent.parent / "training" / "stories.jsonl"
+ORIGINALS_SCORED = 12  # every so many-th of the originals is kept to measure what is forgotten
+TEST_IDEAS = ("a dragon who is afraid of fire", "a lost kitten", "two mice build a boat")
+SAMPLE_TOKENS = 240
+N_MEMORY_SAMPLES = 50
+MAX_NAME = 60  # see own_models.NAME
+BUNDLED_NAME = "Llama-Taleloom-8M"
+BUNDLED_LICENCE = """license: other
+license_name: apache-2.0-with-llama-3.1-community-terms
+license_link: https://www.llama.com/llama3_1/license/
+"""
+BUNDLED_TERMS = """
+## Licence
+
+Built with Llama: it was made from Llama-Taleloom-8M, whose weights are offered under the Apache License 2.0, subject to
+the Llama 3.1 Community License for what was learned from text that Llama 3.1 wrote: Llama 3.1 is licensed under the
+Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved. Who passes this storyteller on keeps
+these terms, and puts "Llama" at the beginning of its name.
+"""
+
+
+def read_originals() -> list[Row]:
+    """The stories that come with Taleloom and its storyteller was trained on; a part held out from replay."""
+    with ORIGINALS.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [
+        {"text": row["text"], "prompt": row["prompt"], "split": "test" if i % ORIGINALS_SCORED == 0 else "train"}
+        for i, row in enumerate(rows)
+    ]
+
+
+def fine_tune(
+    folder: Path,
+    report: Callable[[dict[str, Any]], None],
+    should_stop: Callable[[], Literal["pause", "cancel"] | None],
+) -> Outcome:
+    """Run the job in `folder` to its end or until it is to stop; at its end there is a new storyteller.
+
+    Raises:
+        TaleloomError: it cannot be trained; the message says what to do.
+        OSError: a file could not be written.
+    """
+    # Threads that spin while they wait take the core from readers (and a shared core from themselves).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from model.storyteller import choose_device, find_model
+    from model.training.finetune import FineTune
+
+    job, clock = read_request(folder), Clock(folder / "clock.json")
+    rows = read_stories(folder)
+    base = find_model(job.base)
+    device = choose_device(job.device)
+    tokenizer: Tokenizer
+    ideas = job.test_ideas or TEST_IDEAS
+
+    def tell(decoder: Decoder) -> list[dict[str, Any]]:
+        texts = tell_all(decoder, tokenizer, ideas, [1] * len(ideas))
+        return [{"idea": idea, "seed": 1, "text": text} for idea, text in zip(ideas, texts, strict=True)]
+
+    def record(figures: dict[str, Any]) -> None:
+        if figures.get("evaluation"):  # a checkpoint follows
+            clock.save()
+        report(figures)
+
+    run = FineTune(folder, base, rows, job.settings, read_originals(), device, record, should_stop, tell)
+    tokenizer = run.tokenizer
+    outcome = run.run()
+    clock.save()
+    if outcome == "done" and not read_result(folder):
+        hand_over(job, run, rows, clock.seconds)
+    return outcome
+
+
+class Clock:
+    """Seconds of work on a job, those before a pause included; what was done after the last save is lost when killed,
+    as are the steps."""
+
+    def __init__(self, path: Path):
+        self._path, self._started_s, self._earlier_s = path, time.monotonic(), 0.0
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            self._earlier_s = float(json.loads(path.read_text())["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier_s + time.monotonic() - self._started_s
+
+    def save(self) -> None:
+        write_atomically(self._path, json.dumps({"seconds": self.seconds}))
+
+
+def tell_all(decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """A story of each prompt with its seed, told as readers get them on a CPU."""
+    from model.engine.cpu_backend import CpuBackend
+    from model.storyteller import Storyteller
+
+    weights = {name: weight.detach().float().cpu().numpy() for name, weight in decoder.state_dict().items()}
+    if decoder.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    n_slots = min(16, len(prompts))
+    backend = CpuBackend(decoder.config, weights, n_slots, tokenizer.vocab_size)
+    texts = []
+    with Storyteller("in training", decoder.config, tokenizer, backend, n_slots, "cpu") as storyteller:
+        mode: Literal["idea", "opening"] = "idea" if storyteller.knows_ideas else "opening"
+        for first in range(0, len(prompts), n_slots):
+            told = [
+                storyteller.tell(prompt, SamplingParams(max_tokens=SAMPLE_TOKENS, seed=seed), mode)
+                for prompt, seed in zip(prompts[first : first + n_slots], seeds[first : first + n_slots], strict=True)
+            ]
+            for story in told:
+                story.wait()
+                if story.error:
+                    raise TaleloomError(f"The storyteller in training could not be tried out: {story.error}")
+                texts.append(story.text.strip())
+    return texts
+
+
+# The end of a job.
+
+
+def hand_over(job: Job, run: FineTune, rows: Sequence[Row], seconds: float) -> None:
+    """Make the best of the run one of the user's own storytellers, and write result.json."""
+    from model.checkpoint import load_decoder
+
+    evaluations = [record for record in read_lines(job.folder / "metrics.jsonl") if record.get("evaluation")]
+    before, best = evaluations[0], next(e for e in evaluations if e["step"] == run.best_step)
+    decoder = load_decoder(job.folder / "best")
+    result: dict[str, Any] = {
+        "name": job.name,
+        "steps": run.step,
+        "best_step": run.best_step,
+        **{
+            f"{kind}_bits_per_byte": {"before": before[f"{kind}_bits_per_byte"], "after": best[f"{kind}_bits_per_byte"]}
+            for kind in ("own", "own_train", "original")
+            if f"{kind}_bits_per_byte" in before
+        },
+        "memorised": memorised(decoder, run.tokenizer, [row for row in rows if row["split"] == "train"]),
+        "stopped_because": run.stopped_because,
+        "seconds": round(seconds, 1),
+    }
+    samples = [s for s in read_lines(job.folder / "samples.jsonl") if s["step"] == run.best_step]
+    if made := next((own for own in own_models() if own.job == job.id), None):  # before it was killed
+        write_atomically(job.folder / "result.json", json.dumps({**result, "name": made.name}, indent=2))
+        return
+    name = free_name(job.name)
+    card = model_card(dataclasses.replace(job, name=name), result, evaluations, samples[0]["stories"], rows)
+    notes = {"job": job.id, "base": job.base, "created": time.time(), "note": job.note}
+    model: OwnModel = add_model(name, job.folder / "best", notes, card)
+    result["name"] = model.name
+    write_atomically(job.folder / "result.json", json.dumps(result, indent=2))
+
+
+def free_name(name: str) -> str:
+    """The name, with a number behind it where a storyteller has taken it meanwhile."""
+    taken, number = models_folder(), 2
+    candidate = name
+    while (taken / candidate).exists():
+        end = f"-{number}"
+        candidate, number = name[: MAX_NAME - len(end)] + end, number + 1
+    return candidate
+
+
+def memorised(decoder: Decoder, tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, Any]:
+    """How much of 50 stories stands word for word in the training text; see evaluation.overlap.copied.
+
+    The stories are told from the training's own ideas, where it has any: where learning by heart shows most.
+    """
+    from model.evaluation.overlap import copied
+
+    own = [str(row["prompt"]) for row in rows if row["prompt"]] or [" ".join(row["text"].split()[:6]) for row in rows]
+    prompts = [own[i % len(own)] for i in range(N_MEMORY_SAMPLES)]
+    limit = decoder.config.max_position_embeddings // 4
+    prompts = [prompt if len(tokenizer.encode(prompt)) <= limit else "a story" for prompt in prompts]
+    texts = tell_all(decoder, tokenizer, prompts, range(1, N_MEMORY_SAMPLES + 1))
+    texts = [text for text in texts if words(text)]
+    if not texts:
+        raise InputError("The storyteller only tells empty stories now. Train less, or with a lower learning rate.")
+    found = copied(texts, (row["text"] for row in rows))
+    return {
+        "stories": len(texts),
+        "longest_run_words": found["longest_run_most"],
+        "median_run_words": found["longest_run_median"],
+        "copied_8grams": found["copied_8grams"],
+    }
+
+
+def model_card(
+    job: Job,
+    result: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+) -> str:
+    """The card of a fine-tuned storyteller: where it comes from, how it learned, what it tells."""
+    settings, memory = job.settings, result["memorised"]
+    is_llama = job.base is None or any(BUNDLED_TERMS in own.card for own in own_models() if own.name == job.base)
+    base = Path(job.base).name if job.base and Path(job.base).is_dir() else job.base  # no path of this computer
+    train = [row for row in rows if row["split"] == "train"]
+    kinds = [kind for kind in ("own", "own_train", "original") if f"{kind}_bits_per_byte" in evaluations[0]]
+    heads = {"own": "held-out own stories", "own_train": "own stories it read", "original": "original stories"}
+    curve = "\n".join(
+        f"| {e['step']} | " + " | ".join(f"{e[f'{kind}_bits_per_byte']:.3f}" for kind in kinds) + " |"
+        for e in evaluations
+    )
+    defaults = FineTuneSettings()
+    told = "\n\n".join(
+        f"*{_escaped(sample['idea'])}*\n\n> " + _escaped(sample["text"]).replace("\n", "\n>\n> ") for sample in samples
+    )
+    changed = ", ".join(
+        f"{name} {value}" for name, value in dataclasses.asdict(settings).items() if value != getattr(defaults, name)
+    )
+    return f"""---
+base_model: {json.dumps(base or BUNDLED_NAME)}
+{BUNDLED_LICENCE if is_llama else ""}language: en
+library_name: transformers
+pipeline_tag: text-generation
+tags: [taleloom, fine-tuned]
+---
+
+# {job.name}
+
+A storyteller fine-tuned with Taleloom from {_escaped(base or BUNDLED_NAME)}{
+        f": {_escaped(job.note)}" if job.note else "."
+    }
+
+| | |
+| --- | --- |
+| stories | {len(train)} to learn from, {len(rows) - len(train)} held out; {_escaped(job.source) or "own"} |
+| method | {"LoRA, rank " + str(settings.lora_rank) if settings.method == "lora" else "all weights"} |
+| steps | {result["steps"]}, the best after {result["best_step"]}; {result["seconds"] / 60:.1f} minutes |
+| why it ended | {result["stopped_because"]} |
+| settings other than the defaults | {changed or "none"} |
+
+Bits per byte, lower is better; the last column tells what was forgotten:
+
+| step | {" | ".join(heads[kind] for kind in kinds)} |
+| ---: | {" | ".join("---:" for _ in kinds)} |
+{curve}
+
+Of {memory["stories"]} stories told from the training's own ideas the longest stretch that stands word for word in the
+training text is {memory["longest_run_words"]} words (median {memory["median_run_words"]:.0f}).
+
+## Stories
+
+Told at the default settings, seed 1, not selected.
+
+{told}
+{BUNDLED_TERMS if is_llama else ""}"""
+
+
+def _escaped(text: str) -> str:
+    """Text of others as Markdown that shows it as it is."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|~$" else c for c in text)
