@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -11,13 +13,12 @@ from typing import Any
 
 import click
 
-from model.config import FINE_TUNE_PRESETS, LORA_TARGETS, FineTuneSettings
+from model.config import FINE_TUNE_PRESETS, LORA_TARGETS
 from model.errors import InputError, TaleloomError
 from model.jobs.manager import JobManager
 from model.jobs.record import Job, JobState
 
 POLL_S = 0.5
-DEFAULTS = FineTuneSettings()
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 # Settings that have an option of their own; None leaves the preset's.
 OPTIONS: dict[str, Any] = {
@@ -27,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "learning_rate": float,
     "schedule": click.Choice(["linear", "cosine", "constant"]),
     "rows_per_step": int,
+    "rows_per_pass": int,
     "weight_decay": float,
     "dropout": float,
     "replay_share": float,
@@ -42,7 +44,7 @@ OPTIONS: dict[str, Any] = {
 def settings_options(command: Any) -> Any:
     """Give a command one option for each setting in OPTIONS."""
     for name, kind in reversed(OPTIONS.items()):
-        shown = f"Default: the preset's, usually {getattr(DEFAULTS, name)}."
+        shown = "Default: as the preset or the job has it."
         if name == "lora_rank":
             shown = "LoRA of this rank instead of all weights."
         command = click.option("--" + name.replace("_", "-"), name, type=kind, default=None, help=shown)(command)
@@ -80,26 +82,35 @@ def finetune(
     as_json: bool,
     **changes: Any,
 ) -> None:
-    """Teach a storyteller your own stories; afterwards `taleloom tell --model NAME` tells with it."""
+    """Teach a storyteller your own stories; afterwards `taleloom tell --model NAME` tells with it.
+
+    Interrupted, the job is paused: `taleloom jobs resume` goes on. With --json it ends with one JSON object.
+    """
     from model.intake import read_dataset, read_file, read_sample
+    from model.jobs.plan import plan
 
     if data and dataset:
         raise InputError("Give --data or --dataset, not both.")
     if dataset:
-        taken = read_dataset(dataset, split, text_column, prompt_column)
+        taken = read_dataset(dataset, split, text_column, prompt_column, lambda line: click.echo(line, err=True))
     elif data:
         taken = read_file(Path(data), text_column=text_column, prompt_column=prompt_column)
     else:
         taken = read_sample()
-    for warning in taken.warnings:
+    if base and (folder := Path(base).expanduser()).is_dir():
+        base = str(folder.resolve())  # the worker runs in another folder
+    settings = dataclasses.replace(FINE_TUNE_PRESETS[preset], **_changed(changes))
+    check, estimate = plan(taken, settings, base, folders=True)
+    for warning in dict.fromkeys([*taken.warnings, *check.warnings]):
         click.echo(f"Note: {warning}", err=True)
-    changed = {key: value for key, value in changes.items() if value not in (None, ())}
-    if "lora_rank" in changed:
-        changed.setdefault("method", "lora")
-    settings = dataclasses.replace(FINE_TUNE_PRESETS[preset], **changed)
+    click.echo(
+        f"{check.n_train:,} stories to learn from, {check.n_test:,} held out, {check.n_tokens:,} tokens; "
+        f"{estimate.n_steps:,} steps, about {max(1, round(estimate.seconds / 60))} min at most.",
+        err=True,
+    )
     manager = JobManager()
     rows = [dict(row) for row in taken.rows]
-    job = manager.create(name, rows, settings, base=base, source=taken.name, test_ideas=ideas, device=device)
+    job = manager.create(name, rows, settings, base, taken.name, ideas, device=device, n_tokens=check.n_tokens)
     if detach:
         manager.detach()
         click.echo(
@@ -118,6 +129,14 @@ def finetune(
         if own:
             click.echo(f"Bits per byte on your held-out stories: {own['before']:.3f} before, {own['after']:.3f} after.")
         click.echo(f"Tell with it: taleloom tell 'a shy dragon' --model {result['name']}")
+
+
+def _changed(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given on the command line; a rank asks for LoRA."""
+    changed = {name: value for name, value in options.items() if value not in (None, ())}
+    if "lora_rank" in changed:
+        changed.setdefault("method", "lora")
+    return changed
 
 
 def _watch(manager: JobManager, job: Job, quiet: bool) -> Job:
@@ -140,8 +159,10 @@ def _watch(manager: JobManager, job: Job, quiet: bool) -> Job:
                 return job
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        manager.pause(job.id)
-        click.echo(f"\nPaused. Go on with: taleloom jobs resume {job.id}", err=True)
+        with contextlib.suppress(InputError):  # it has just ended
+            manager.pause(job.id)
+            click.echo(f"\nPaused. Go on with: taleloom jobs resume {job.id}", err=True)
+        manager.detach()  # others may wait for their turn
         sys.exit(130)
 
 
@@ -168,63 +189,88 @@ def list_jobs(as_json: bool) -> None:
         click.echo("There are no jobs. Begin one: taleloom finetune --name pirates")
 
 
-@jobs.command()
-@click.argument("job_id")
-@JSON
-def show(job_id: str, as_json: bool) -> None:
-    """One job: state, settings, scores, result."""
-    manager = JobManager()
-    job = manager.get(job_id)
-    evaluations = [record for record in manager.metrics(job_id) if record.get("evaluation")]
+def job_command(*more: Any) -> Any:
+    """A command about one job, which gets it with its manager; `more` are further options."""
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def with_job(job: str, **options: Any) -> None:
+            manager = JobManager()
+            command(manager, _find(manager, job), **options)
+
+        for option in reversed(more):
+            with_job = option(with_job)
+        return jobs.command()(click.argument("job")(with_job))
+
+    return decorate
+
+
+def _find(manager: JobManager, asked: str) -> Job:
+    """The job of that id, else the latest one of that name."""
+    named = [job for job in manager.list() if asked in (job.id, job.name)]
+    return named[-1] if named else manager.get(asked)
+
+
+def _say(manager: JobManager, id: str, as_json: bool) -> None:
+    job = manager.get(id)
+    click.echo(json.dumps(_facts(job)) if as_json else f"{job.id} ({job.name}) is {job.state}: {job.message}")
+
+
+@job_command(JSON)
+def show(manager: JobManager, job: Job, as_json: bool) -> None:
+    """One job, by id or name: state, settings, scores, result."""
+    evaluations = [record for record in manager.metrics(job.id) if record.get("evaluation")]
     facts = {**_facts(job), "settings": dataclasses.asdict(job.settings)}
-    facts |= {"evaluations": evaluations, "result": manager.result(job_id)}
+    facts |= {"evaluations": evaluations, "result": manager.result(job.id)}
     click.echo(json.dumps(facts) if as_json else json.dumps(facts, indent=2))
 
 
-@jobs.command()
-@click.argument("job_id")
-@click.option("--lines", default=50, show_default=True)
-def logs(job_id: str, lines: int) -> None:
+@job_command(click.option("--lines", type=click.IntRange(1), default=50, show_default=True))
+def logs(manager: JobManager, job: Job, lines: int) -> None:
     """The end of a job's log."""
-    manager = JobManager()
-    manager.get(job_id)
-    click.echo(manager.log(job_id, lines))
+    click.echo(manager.log(job.id, lines))
 
 
-@jobs.command()
-@click.argument("job_id")
-def pause(job_id: str) -> None:
+@job_command(JSON)
+def pause(manager: JobManager, job: Job, as_json: bool) -> None:
     """Stop after the present step, to be resumed exactly."""
-    JobManager().pause(job_id)
+    manager.pause(job.id)
+    _say(manager, job.id, as_json)
 
 
-@jobs.command()
-@click.argument("job_id")
-def resume(job_id: str) -> None:
-    """Go on with a paused or lost job."""
-    manager = JobManager()
-    manager.resume(job_id)
+@job_command(JSON)
+def resume(manager: JobManager, job: Job, as_json: bool) -> None:
+    """Go on with a paused, lost or failed job."""
+    manager.resume(job.id)
     manager.detach()
+    _say(manager, job.id, as_json)
 
 
-@jobs.command()
-@click.argument("job_id")
-def cancel(job_id: str) -> None:
+@job_command(JSON)
+def cancel(manager: JobManager, job: Job, as_json: bool) -> None:
     """End a job; what it has learned until then is dropped."""
-    JobManager().cancel(job_id)
+    manager.cancel(job.id)
+    manager.detach()  # someone has to end a worker that does not listen
+    _say(manager, job.id, as_json)
 
 
-@jobs.command()
-@click.argument("job_id")
-def retry(job_id: str) -> None:
-    """Begin a failed or cancelled job anew."""
-    manager = JobManager()
-    click.echo(manager.retry(job_id).id)
+@job_command(JSON)
+def retry(manager: JobManager, job: Job, as_json: bool) -> None:
+    """Begin a failed, cancelled or lost job anew."""
+    anew = manager.retry(job.id)
     manager.detach()
+    _say(manager, anew.id, as_json)
 
 
-@jobs.command()
-@click.argument("job_id")
-def delete(job_id: str) -> None:
+@job_command(click.option("--name", required=True, help="Of the other storyteller."), settings_options, JSON)
+def clone(manager: JobManager, job: Job, name: str, as_json: bool, **changes: Any) -> None:
+    """Learn a job's stories once more, with other settings."""
+    other = manager.clone(job.id, name, **_changed(changes))
+    manager.detach()
+    _say(manager, other.id, as_json)
+
+
+@job_command()
+def delete(manager: JobManager, job: Job) -> None:
     """Delete a job's folder; the storyteller that came of it stays."""
-    JobManager().delete(job_id)
+    manager.delete(job.id)

@@ -164,12 +164,12 @@ def hand_over(job: Job, run: FineTune, rows: Sequence[Row], seconds: float) -> N
         "stopped_because": run.stopped_because,
         "seconds": round(seconds, 1),
     }
-    samples = [s for s in read_lines(job.folder / "samples.jsonl") if s["step"] == run.best_step]
+    told = [s["stories"] for s in read_lines(job.folder / "samples.jsonl") if s["step"] == run.best_step]
     if made := next((own for own in own_models() if own.job == job.id), None):  # before it was killed
         write_atomically(job.folder / "result.json", json.dumps({**result, "name": made.name}, indent=2))
         return
     name = free_name(job.name)
-    card = model_card(dataclasses.replace(job, name=name), result, evaluations, samples[0]["stories"], rows)
+    card = model_card(dataclasses.replace(job, name=name), result, evaluations, told[-1] if told else [], rows)
     notes = {"job": job.id, "base": job.base, "created": time.time(), "note": job.note}
     model: OwnModel = add_model(name, job.folder / "best", notes, card)
     result["name"] = model.name

@@ -133,14 +133,16 @@ def resolve_sources(
 ) -> list[tuple[Source, list[Path]]]:
     """Turn each `--dataset` (a file, a .toml recipe or a Hub dataset id) into sources with their files.
 
-    `pull` fetches a data set from the Hub. A recipe's paths are relative to `root`, or to the recipe's folder.
+    `pull` fetches a data set from the Hub. A recipe's paths are relative to `root`, and to the recipe's folder.
     """
     resolved: list[tuple[Source, list[Path]]] = []
     for dataset in datasets:
         path = Path(dataset)
         if path.suffix == ".toml":
-            base = root or path.parent
-            resolved += [(s, [] if s.worlds else [base / s.path]) for s in read_recipe(path)]
+            for source in read_recipe(path):
+                places = [folder / source.path for folder in (root, path.parent) if folder]
+                found = next((place for place in places if place.is_file()), places[0])
+                resolved.append((source, [] if source.worlds else [found]))
         elif path.exists() or path.suffix in (".jsonl", ".txt", ".parquet"):
             resolved.append((Source(dataset), [path]))
         else:

@@ -161,3 +161,15 @@ def test_story_worlds_are_a_source_and_never_held_out(tmp_path):
     summary = prepare(sources, tmp_path / "data", 512, 400, validation={"itself": stories[:10], "other": ["x y z"]})
     assert summary["sources"]["story worlds"]["kept"] > 90 and summary["held_out"] == 0
     assert summary["contamination"]["itself"]["exact"] == 10 and summary["contamination"]["other"]["exact"] == 0
+
+
+def test_a_recipe_finds_its_files_at_the_root_and_beside_itself(tmp_path):
+    """Stories that come with the project stand beside the recipe; those of others where --data-root says."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for place in (root / "theirs.txt", tmp_path / "ours.txt"):
+        place.write_text("A fox.")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("".join(f'[[source]]\npath = "{name}.txt"\n' for name in ("theirs", "ours", "nobodys")))
+    paths = [path for _, [path] in resolve_sources([str(recipe)], lambda repo: [], root)]
+    assert paths == [root / "theirs.txt", tmp_path / "ours.txt", root / "nobodys.txt"]
