@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -176,3 +177,13 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     assert scales[0] == 0.1 and scales[9] == scales[50] == scales[75] == 1.0
     assert scales[76] < 1 and scales[99] == pytest.approx(0.04)
     assert all(a >= b for a, b in itertools.pairwise(scales[75:]))
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_it_learns_the_same(data, tiny_config, tmp_path, one_thread):
+    """Fused operations round otherwise, so the curves agree nearly, not to the bit. Compiling takes half a minute."""
+    plain = TrainingRun(tmp_path / "plain", data, tiny_config, CONFIG)
+    plain.run()
+    TrainingRun(tmp_path / "compiled", data, tiny_config, dataclasses.replace(CONFIG, compile=True)).run()
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
