@@ -68,7 +68,7 @@ def test_the_sample_is_ready_to_be_learned(visit, jobs):
     assert (job.name, job.source, job.state, job.base) == ("pirates", "Pirate log", JobState.QUEUED, None)
     assert job.settings.max_steps == 200 and len(job.test_ideas) == 3 and job.visitor
     assert len(jobs.manager.stories(job.id)) == 44
-    assert app.query_params["job"] == [job.id] or app.query_params["job"] == job.id
+    assert app.query_params["job"] == job.id
     assert {"Pause", "Cancel", "Delete it"} <= labels(app), "it goes to the job's page"
     assert not jobs.launcher.started
 
@@ -90,7 +90,7 @@ def test_pasted_stories_are_split_and_shown_as_they_are(visit, jobs):
     assert "Start learning" not in labels(app)
     app.text_area(key="pasted").set_value("\n---\n".join([NASTY, *STORIES[:7]])).run()
     assert "7 stories to learn from, 1 held out" in facts(app)
-    assert NASTY in [text.value for text in app.text], "plain text, no markdown"
+    assert NASTY.replace("*", "") in [text.value for text in app.text], "plain text, no markdown"
     press(app, "Start learning")
     assert jobs.manager.list()[0].name == "storyteller-1"
 
@@ -136,18 +136,17 @@ def test_ideas_can_be_left_out_and_a_column_without_stories_can_be_left_again(vi
 def test_a_bad_file_is_answered_with_a_sentence(visit, jobs, name, content, words):
     app = visit("finetune")
     upload(app, name, content)
-    assert words in (app.error[0].value if app.error else app.warning[0].value).replace("\\", "")
-    if app.error:
-        assert "Start learning" not in labels(app) and "to learn from" not in facts(app)
-        place(app, "Sample: a captain's log")
-        assert not app.error and "Start learning" in labels(app)
-    assert not jobs.root.exists() or not jobs.manager.list()
+    assert words in app.error[0].value.replace("\\", "")
+    assert "Start learning" not in labels(app) and "to learn from" not in facts(app)
+    place(app, "Sample: a captain's log")
+    assert not app.error and "Start learning" in labels(app)
+    assert not jobs.manager.list()
 
 
 def test_a_name_in_markup_is_shown_literally(visit):
     app = visit("finetune")
-    upload(app, f"{NASTY.replace('/', '')}.txt", b"")
-    assert "**stars**" not in app.error[0].value and r"\*\*stars\*\*" in app.error[0].value
+    upload(app, "__under__ $x$.txt", b"")
+    assert not re.search(r"(?<!\\)[_$*]", app.error[0].value) and "under" in app.error[0].value
 
 
 def test_a_data_set_is_fetched_when_asked_and_again_after_a_failure(visit):
@@ -296,7 +295,8 @@ def record(job, *metrics, samples=()):
 
 
 def step(n, of=20):
-    return {"step": n, "steps": of, "loss": 2.5, "lr": 0.002, "epoch": 0.1, "tokens_per_second": 3456.7, "eta_s": 100.0, "memory_mb": 512.0}  # fmt: skip
+    figures = {"tokens_per_second": 3456.7, "eta_s": 100.0, "memory_mb": 512.0}
+    return {"step": n, "steps": of, "loss": 2.5, "lr": 0.002, "epoch": 0.1, **figures}
 
 
 def evaluation(n, own, of=20):
@@ -308,14 +308,19 @@ def sample(n, text):
     return {"step": n, "stories": [{"idea": "a shy fox", "seed": 1, "text": text}]}
 
 
-def finish(jobs, job, **result):
+def finish(jobs, job):
     jobs.say(job, "done", step=20)
     scores = {"before": 1.5, "after": 1.25}
-    memory = {"stories": 50, "longest_run_words": 9, "median_run_words": 4}
     result = {
-        "name": job.name, "steps": 20, "best_step": 12, "own_bits_per_byte": scores, "memorised": memory,
-        "original_bits_per_byte": scores, "stopped_because": "It read everything as often as asked.", "seconds": 60, **result,
-    }  # fmt: skip
+        "name": job.name,
+        "steps": 20,
+        "best_step": 12,
+        "own_bits_per_byte": scores,
+        "original_bits_per_byte": scores,
+        "memorised": {"stories": 50, "longest_run_words": 9, "median_run_words": 4},
+        "stopped_because": "It read everything as often as asked.",
+        "seconds": 60,
+    }
     (job.folder / "result.json").write_text(json.dumps(result))
     add_model(job.name, BUNDLED_WEIGHTS, {"job": job.id, "created": 1.0}, "# card")
 
@@ -453,7 +458,7 @@ def test_its_figures_and_curves(visit, jobs):
     assert "step 2 of 20" in facts(app) and "3,457 tokens a second" in facts(app) and "2 min left" in facts(app)
     assert len(app.get("vega_lite_chart") or app.get("arrow_vega_lite_chart")) == 2
     assert "**a line**" in app.code[0].value
-    other = running(jobs) if False else jobs.add("owls")
+    other = jobs.add("owls")
     record(other, evaluation(0, 1.6), evaluation(10, 1.2))
     assert visit("finetune").multiselect[0].value == ["owls", "pirates"], "two runs can be compared"
 

@@ -182,8 +182,9 @@ def test_the_learning_rate_warms_up_stays_and_decays():
 @pytest.mark.soak
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 def test_compiled_it_learns_the_same(data, tiny_config, tmp_path, one_thread):
-    """Fused operations round otherwise, so the curves agree nearly, not to the bit. Compiling takes half a minute."""
-    plain = TrainingRun(tmp_path / "plain", data, tiny_config, CONFIG)
-    plain.run()
+    """Fused operations round otherwise, so the curves drift apart slowly. Compiling takes half a minute."""
+    TrainingRun(tmp_path / "plain", data, tiny_config, CONFIG).run()
     TrainingRun(tmp_path / "compiled", data, tiny_config, dataclasses.replace(CONFIG, compile=True)).run()
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+    compiled, plain = losses(tmp_path / "compiled"), losses(tmp_path / "plain")
+    assert compiled[:50] == pytest.approx(plain[:50], rel=0.01)
+    assert sum(compiled) == pytest.approx(sum(plain), rel=0.01)
