@@ -20,6 +20,7 @@ from model.errors import InputError, TaleloomError
 from model.jobs.record import Job, Row, read_lines, read_request, read_result, read_stories
 from model.own_models import OwnModel, add_model, models_folder, own_models
 from model.text import words
+from model.training.data import clean, is_held_out
 
 if TYPE_CHECKING:
     from model.decoder import Decoder
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from model.training.finetune import FineTune, Outcome
 
 ORIGINALS = Path(__file__).parent.parent / "training" / "stories.jsonl"
-ORIGINALS_SCORED = 12  # every so many-th of the originals is kept to measure what is forgotten
 TEST_IDEAS = ("a dragon who is afraid of fire", "a lost kitten", "two mice build a boat")
 SAMPLE_TOKENS = 240
 N_MEMORY_SAMPLES = 50
@@ -48,13 +48,13 @@ these terms, and puts "Llama" at the beginning of its name.
 
 
 def read_originals() -> list[Row]:
-    """The stories that come with Taleloom and its storyteller was trained on; a part held out from replay."""
+    """The stories that come with Taleloom and its storyteller was trained on, less those held out of that: "test"."""
+    rows = []
     with ORIGINALS.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [
-        {"text": row["text"], "prompt": row["prompt"], "split": "test" if i % ORIGINALS_SCORED == 0 else "train"}
-        for i, row in enumerate(rows)
-    ]
+        for row in map(json.loads, lines):
+            text = clean(row["text"])
+            rows.append({"text": text, "prompt": row["prompt"], "split": "test" if is_held_out(text) else "train"})
+    return rows
 
 
 def fine_tune(
@@ -94,6 +94,7 @@ def fine_tune(
     outcome = run.run()
     clock.save()
     if outcome == "done" and not read_result(folder):
+        report({"message": "It has learned; what it knows by heart is looked for."})
         hand_over(job, run, rows, clock.seconds)
     return outcome
 
@@ -115,29 +116,41 @@ class Clock:
         write_atomically(self._path, json.dumps({"seconds": self.seconds}))
 
 
-def tell_all(decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """A story of each prompt with its seed, told as readers get them on a CPU."""
-    from model.engine.cpu_backend import CpuBackend
-    from model.storyteller import Storyteller
+def tell_all(
+    decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], seeds: Sequence[int], own_words: bool = False
+) -> list[str]:
+    """A story of each prompt with its seed, told as readers get them on a CPU.
 
-    weights = {name: weight.detach().float().cpu().numpy() for name, weight in decoder.state_dict().items()}
+    Args:
+        own_words: without the prompts that were continued, which those are that are no ideas or too long to be.
+    """
+    from model.engine.cpu_backend import CpuBackend
+    from model.storyteller import Storyteller, plain_text
+
+    # Rounded as in the file that readers' stories will be told from.
+    weights = {name: weight.detach().half().float().cpu().numpy() for name, weight in decoder.state_dict().items()}
     if decoder.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     n_slots = min(16, len(prompts))
     backend = CpuBackend(decoder.config, weights, n_slots, tokenizer.vocab_size)
     texts = []
     with Storyteller("in training", decoder.config, tokenizer, backend, n_slots, "cpu") as storyteller:
-        mode: Literal["idea", "opening"] = "idea" if storyteller.knows_ideas else "opening"
+        longest = decoder.config.max_position_embeddings // 4  # that an idea may be
+
+        def mode_of(prompt: str) -> Literal["idea", "opening"]:
+            is_idea = storyteller.knows_ideas and storyteller.count_tokens(plain_text(prompt)) <= longest
+            return "idea" if is_idea else "opening"
+
         for first in range(0, len(prompts), n_slots):
             told = [
-                storyteller.tell(prompt, SamplingParams(max_tokens=SAMPLE_TOKENS, seed=seed), mode)
+                storyteller.tell(prompt, SamplingParams(max_tokens=SAMPLE_TOKENS, seed=seed), mode_of(prompt))
                 for prompt, seed in zip(prompts[first : first + n_slots], seeds[first : first + n_slots], strict=True)
             ]
             for story in told:
                 story.wait()
                 if story.error:
                     raise TaleloomError(f"The storyteller in training could not be tried out: {story.error}")
-                texts.append(story.text.strip())
+                texts.append((story.continuation if own_words else story.text).strip())
     return texts
 
 
@@ -195,9 +208,7 @@ def memorised(decoder: Decoder, tokenizer: Tokenizer, rows: Sequence[Row]) -> di
 
     own = [str(row["prompt"]) for row in rows if row["prompt"]] or [" ".join(row["text"].split()[:6]) for row in rows]
     prompts = [own[i % len(own)] for i in range(N_MEMORY_SAMPLES)]
-    limit = decoder.config.max_position_embeddings // 4
-    prompts = [prompt if len(tokenizer.encode(prompt)) <= limit else "a story" for prompt in prompts]
-    texts = tell_all(decoder, tokenizer, prompts, range(1, N_MEMORY_SAMPLES + 1))
+    texts = tell_all(decoder, tokenizer, prompts, range(1, N_MEMORY_SAMPLES + 1), own_words=True)
     texts = [text for text in texts if words(text)]
     if not texts:
         raise InputError("The storyteller only tells empty stories now. Train less, or with a lower learning rate.")

@@ -24,11 +24,9 @@ from pages.shared.learning import choose_settings
 from pages.shared.parts import (
     BADGES,
     asker,
-    guarded,
     is_mine,
     literally,
     manager,
-    show_complaint,
     signed_in,
 )
 
@@ -138,22 +136,24 @@ def show_columns(reading: Reading) -> None:
     if len(reading.choice) < 2:
         return
     intake = reading.intake
-    used = (intake.text_column, intake.prompt_column) if intake else reading.columns
+    used = (intake.text_column, intake.prompt_column or "") if intake else reading.columns
     left, right = st.columns(2)
-    left.selectbox(
+    text = left.selectbox(
         "Column with the stories",
         reading.choice,
         _index(reading.choice, used[0]),
         key=column_key(reading.source, "text"),
     )
     options = ["", *reading.choice]
-    right.selectbox(
+    prompt = right.selectbox(
         "Column with their ideas",
         options,
         _index(options, used[1]),
         key=column_key(reading.source, "prompt"),
         format_func=lambda column: column or "none",
     )
+    if intake and (text, prompt) == used:
+        reading.columns = (text, prompt)  # the next run asks for what was found by its name, and need not read again
 
 
 def _index(options: list[str], chosen: str | None) -> int:
@@ -210,7 +210,8 @@ def choose_preset() -> FineTuneSettings | None:
     preset = st.segmented_control(
         "How long", list(PRESETS), key="preset", required=True, format_func=PRESETS.__getitem__, help=PRESET_HELP
     )
-    return choose_settings(FINE_TUNE_PRESETS[cast(str, preset)], cast(str, preset))
+    with st.expander("For experts", icon=":material/tune:"):
+        return choose_settings(FINE_TUNE_PRESETS[cast(str, preset)], cast(str, preset))
 
 
 def show_new() -> None:
@@ -228,30 +229,23 @@ def show_new() -> None:
         )  # fmt: skip
     if intake is None or settings is None or (check := show_preview(intake, settings, base)) is None:
         return
-    st.button(
-        "Start learning",
-        type="primary",
-        icon=":material/school:",
-        on_click=start,
-        args=(intake, settings, base, name, ideas, check.n_tokens),
-    )
-
-
-def start(intake: Intake, settings: FineTuneSettings, base: str | None, name: str, ideas: str, n_tokens: int) -> None:
-    def create() -> None:
-        job = manager().create(
-            name.strip() or free_name(),
-            [dict(row) for row in intake.rows],
-            settings,
-            base=base,
-            source=intake.name,
-            test_ideas=tuple(line.strip() for line in ideas.splitlines() if line.strip()),
-            visitor=asker(),
-            n_tokens=n_tokens,
-        )
-        st.session_state.started_job = job.id
-
-    guarded(create)
+    # No callback: one gets what was on the page before the name that was typed just now.
+    if st.button("Start learning", type="primary", icon=":material/school:"):
+        try:
+            job = manager().create(
+                name.strip() or free_name(),
+                [dict(row) for row in intake.rows],
+                settings,
+                base=base,
+                source=intake.name,
+                test_ideas=tuple(line for line in ideas.splitlines() if line.strip()),
+                visitor=asker(),
+                n_tokens=check.n_tokens,
+            )
+        except TaleloomError as error:
+            st.error(literally(str(error)))
+        else:
+            st.switch_page("pages/train/job.py", query_params={"job": job.id})
 
 
 def free_name() -> str:
@@ -305,15 +299,12 @@ def show_comparison(jobs: list[Job]) -> None:
         st.altair_chart(alt.Chart(alt.Data(values=rows)).mark_line(point=True).encode(x="step:Q", y=y, color="run:N"))
 
 
-if job_id := st.session_state.pop("started_job", None):
-    st.switch_page("pages/train/job.py", query_params={"job": job_id})
 st.session_state.setdefault("place", SAMPLE)
 st.session_state.setdefault("preset", "quick")
 st.html(
     "<h1 class='tl-wordmark'>Teach it your stories</h1>"
     "<p class='tl-tagline'>Bring twenty, watch it learn, write with it a minute later.</p>"
 )
-show_complaint()
 if manager().limits.mode == "off":
     st.info("Training is switched off on this site. Run Taleloom on your own computer to teach it your stories.")
 elif manager().limits.sign_in and not signed_in():

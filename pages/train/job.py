@@ -73,13 +73,13 @@ def show_variation(job: Job) -> None:
     with st.expander("The same stories, learned otherwise"):
         name = st.text_input("Name of the other storyteller", key=f"clone_{job.id}", max_chars=60)
         settings = choose_settings(job.settings, f"clone_{job.id}")
-        if settings is not None:
-            st.button(
-                "Start it",
-                icon=":material/school:",
-                key=f"start_clone_{job.id}",
-                on_click=lambda: guarded(lambda: go_to(manager().clone(job.id, name.strip(), **asdict(settings)))),
-            )
+        if settings and st.button("Start it", icon=":material/school:", key=f"start_clone_{job.id}"):
+            try:
+                go_to(manager().clone(job.id, name, **asdict(settings)))
+            except TaleloomError as error:
+                st.error(literally(str(error)))
+            else:
+                st.rerun()
 
 
 def go_to(job: Job) -> None:
@@ -90,7 +90,7 @@ def show_progress(job_id: str, shown: tuple[bool, ...]) -> None:
     """The part that is looked at again and again."""
     jobs = manager()
     try:
-        job = find(job_id)
+        job, metrics = find(job_id), jobs.metrics(job_id)
     except InputError:  # deleted meanwhile, in another tab or by the command line
         st.rerun()
     if abilities(job) != shown:
@@ -98,7 +98,6 @@ def show_progress(job_id: str, shown: tuple[bool, ...]) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.html(f"<h2 class='tl-name'>{html.escape(job.name or job.id)}</h2>", width="content")
         st.badge(str(job.state), color=BADGES[job.state])
-    metrics = jobs.metrics(job_id)
     steps = [m for m in metrics if "loss" in m]
     evaluations = [m for m in metrics if m.get("evaluation")]
     st.progress(job.progress, text=literally(job.message) or None)

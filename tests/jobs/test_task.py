@@ -3,18 +3,25 @@
 import dataclasses
 import json
 import os
+import random
+import signal
+import time
 
 import pytest
 import torch
 
 from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model
-from model.config import FineTuneSettings, SamplingParams
+from model.config import FineTuneSettings, SamplingParams, TrainingLimits
 from model.errors import InputError, TaleloomError
 from model.jobs import task
-from model.jobs.record import read_lines
+from model.jobs.launcher import LocalLauncher
+from model.jobs.manager import JobManager
+from model.jobs.record import JobState, read_lines
 from model.jobs.task import fine_tune, free_name, memorised, model_card, tell_all
 from model.own_models import add_model, delete_model, own_model, own_models, rename_model
 from model.storyteller import Storyteller, find_model
+from model.training.data import is_held_out
+from tests.paper import Jobs
 
 SETTINGS = FineTuneSettings(
     epochs=50, max_steps=6, rows_per_step=2, evaluations=2, learning_rate=0.02, replay_share=0.5, patience=0
@@ -25,8 +32,11 @@ NASTY = "<b> **x** | [a](b) #1"
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch, stories):
     """Few originals and few samples; torch's threads as they were."""
+    held_out = [text for text in stories[20:] if is_held_out(text)]
+    others = [text for text in stories[20:] if not is_held_out(text)]
     originals = tmp_path / "originals.jsonl"
-    originals.write_text("".join(json.dumps({"text": t, "prompt": "a fox"}) + "\n" for t in stories[-24:]))
+    lines = [json.dumps({"text": text, "prompt": "a fox"}) + "\n" for text in [*held_out[:2], *others[:12]]]
+    originals.write_text("".join(lines))
     monkeypatch.setattr(task, "ORIGINALS", originals)
     monkeypatch.setattr(task, "N_MEMORY_SAMPLES", 6)
     monkeypatch.setattr(task, "SAMPLE_TOKENS", 24)
@@ -89,11 +99,10 @@ def test_a_job_ends_in_a_storyteller_that_tells(add, method):
     assert (made.folder / "model.safetensors").read_bytes() == (job.folder / "best/model.safetensors").read_bytes()
     with Storyteller.load("pirates", "cpu", folders=False) as storyteller:
         params = SamplingParams(max_tokens=24, seed=1)
-        told = storyteller.tell("a shy fox", params, "idea" if storyteller.knows_ideas else "opening")
+        told = storyteller.tell("a shy fox", params, "idea")
         assert told.wait(30)
-    if method == "full":  # merged additions are rounded to the file's type
-        best_sample = next(s for s in samples if s["step"] == result["best_step"])
-        assert told.text.strip() == best_sample["stories"][0]["text"], "as it was told in the flip-book"
+    best_sample = next(sample for sample in samples if sample["step"] == result["best_step"])
+    assert told.text.strip() == best_sample["stories"][0]["text"], "as it was told in the flip-book"
 
 
 def test_a_job_without_held_out_stories_or_ideas(add, paper, rows):
@@ -217,30 +226,71 @@ def test_a_storyteller_that_cannot_be_tried_out_is_said(add, monkeypatch):
     from model.engine.cpu_backend import CpuBackend
 
     monkeypatch.setattr(CpuBackend, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("no ink")))
-    with pytest.raises(TaleloomError, match="tried out.*no ink"):
+    with pytest.raises(TaleloomError, match=r"tried out.*no ink"):
         do(add())
 
 
 def test_what_is_learned_by_heart_is_found(tiny_config, tokenizer, tmp_path, monkeypatch):
-    """A model that was trained until it can recite its one story, and the same one before that."""
+    """A model that was trained until it recites its one story, and the same one before that."""
     from model.decoder import Decoder
+    from model.training.finetune import FineTune
 
     monkeypatch.setattr(task, "SAMPLE_TOKENS", 60)
-    story = "Tom hid the silver key under the bridge near the old mill by the sea and told nobody about it."
-    rows = [{"text": story, "prompt": "a key", "split": "train"}]
+    story = "Tom hid a silver key under the bridge. Ben shared the warm bread with the old owl."
+    rows = [{"text": story, "prompt": "Tom", "split": "train"}]
     torch.manual_seed(0)
     save_model(tmp_path / "base", Decoder(tiny_config), tokenizer)
     settings = FineTuneSettings(
         epochs=1000, max_steps=150, rows_per_step=2, rows_per_pass=2, evaluations=1, learning_rate=0.03, replay_share=0,
         dropout=0, weight_decay=0, patience=0,
     )  # fmt: skip
-    from model.training.finetune import FineTune
-
     before = memorised(load_decoder(tmp_path / "base"), tokenizer, rows)
     assert before["longest_run_words"] == 0 and before["copied_8grams"] == 0
     assert FineTune(tmp_path / "run", tmp_path / "base", rows, settings).run() == "done"
-    found = memorised(load_decoder(tmp_path / "run" / "best"), tokenizer, rows)
-    assert found["stories"] == 6 and found["longest_run_words"] > 12 and found["copied_8grams"] > 0.5
+    decoder = load_decoder(tmp_path / "run" / "best")
+    found = memorised(decoder, tokenizer, rows)
+    assert found == {"stories": 6, "longest_run_words": 17, "median_run_words": 17, "copied_8grams": 1}
+    other = memorised(decoder, tokenizer, [{"text": "Another story altogether.", "prompt": "Tom", "split": "train"}])
+    assert other["longest_run_words"] == 0
+
+
+def test_words_of_the_prompt_are_not_counted_as_learned_by_heart(tiny_decoder, tokenizer):
+    """A prompt too long for an idea is continued as an opening; taken from the training text it stands there."""
+    text = "Tom hid a silver key under the bridge and Ben shared the warm bread with the old owl."
+    found = memorised(tiny_decoder, tokenizer, [{"text": text, "prompt": text[:-5], "split": "train"}])
+    assert found["longest_run_words"] == 0
+
+
+@pytest.mark.soak
+def test_a_real_worker_killed_twenty_times_learns_as_an_undisturbed_one(home, rows, tiny_model):
+    """At random moments: while it starts, learns, evaluates, writes, hands over."""
+    jobs = Jobs(JobManager(launcher=LocalLauncher(), limits=TrainingLimits()))
+    settings = dataclasses.replace(SETTINGS, epochs=1000, max_steps=1500, evaluations=50, dropout=0.2)
+    whole, cut = (jobs.manager.create(name, rows, settings, base=str(tiny_model)) for name in ("whole", "cut"))
+    jobs.until(whole, JobState.DONE, timeout_s=600)
+    rng = random.Random(1)
+    for n_kills in range(20):
+        process = jobs.until_step(cut, 0)
+        time.sleep(rng.uniform(0, 6))
+        assert jobs.state(cut) is JobState.RUNNING, f"done after {n_kills} kills: make it longer"
+        os.kill(process.pid, signal.SIGKILL)
+        jobs.until(cut, JobState.LOST, JobState.FAILED)  # the latter: killed before its first word
+        jobs.manager.resume(cut.id)
+    jobs.until(cut, JobState.DONE, timeout_s=600)
+    timed = ("tokens_per_second", "eta_s", "memory_mb")
+    curves = [
+        [
+            {name: value for name, value in record.items() if name not in timed}
+            for record in jobs.manager.metrics(job.id)
+        ]
+        for job in (whole, cut)
+    ]
+    assert curves[0] == curves[1] and curves[0][-1]["step"] == 1500
+    assert jobs.manager.samples(cut.id) == jobs.manager.samples(whole.id)
+    assert {model.name for model in own_models()} == {"whole", "cut"}
+    weights = [(own_model(name).folder / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    assert result_of(cut)["memorised"] == result_of(whole)["memorised"]
 
 
 def test_stories_are_told_as_readers_get_them(tiny_model):
@@ -249,8 +299,7 @@ def test_stories_are_told_as_readers_get_them(tiny_model):
     prompts = [f"a fox and {i} owls" for i in range(19)]
     texts = tell_all(load_decoder(tiny_model), tokenizer, prompts, range(19))
     with Storyteller.load(str(tiny_model), "cpu") as storyteller:
-        mode = "idea" if storyteller.knows_ideas else "opening"
         for i in (0, 18):
-            told = storyteller.tell(prompts[i], SamplingParams(max_tokens=task.SAMPLE_TOKENS, seed=i), mode)
+            told = storyteller.tell(prompts[i], SamplingParams(max_tokens=task.SAMPLE_TOKENS, seed=i), "idea")
             told.wait(30)
             assert texts[i] == told.text.strip()

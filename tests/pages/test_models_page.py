@@ -10,14 +10,9 @@ import zipfile
 import pytest
 
 from model.own_models import ADAPTER, add_model, export_model, own_models
+from tests.pages.looking import NASTY, press
 
 CARD = "---\nlanguage: en\n---\n# pirates\n\n\\*A shy fox\\* <b>"
-NASTY = "<b>bold</b> **stars** $x^2$"
-
-
-def press(app, label):
-    next(button for button in app.button if button.label == label).click().run()
-    assert not app.exception
 
 
 def labels(app):
