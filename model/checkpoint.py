@@ -5,11 +5,14 @@ Only safetensors are ever read: a pickle can run code when opened, so a folder t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_PADDING = 256
 NUMPY_TYPES: dict[str, Any] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")  # what tempfile makes of the prefixes here
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -60,6 +64,15 @@ def write_folder(folder: Path, files: dict[str, bytes | str]) -> None:
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, others: Sequence[str] = ()) -> None:
+    """Delete the temporary files and folders that killed writes have left in a folder into which nobody writes now,
+    except the files called as in `others`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (made := TEMPORARY.fullmatch(path.name)) and made[1] not in others:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -308,10 +308,13 @@ class TrainingLimits:
     max_upload_mb: int = 50
     max_job_tokens: int | None = None  # of the stories to train on
     max_job_steps: int | None = None
+    max_rows_per_step: int | None = None
+    max_rows_per_pass: int | None = None
+    max_evaluations: int | None = None
     max_jobs_per_visitor: int | None = None  # a day
     max_jobs_per_day: int | None = None  # of all visitors
     max_queue: int | None = None  # jobs that wait
-    disk_quota_mb: int | None = None  # of all jobs' folders
+    disk_quota_mb: int | None = None  # of all jobs, storytellers and downloads together
     sign_in: bool = False  # only visitors who are signed in
 
     def __post_init__(self) -> None:
@@ -341,11 +344,14 @@ class TrainingLimits:
         return cls(mode=mode, sign_in=sign_in, **values)
 
 
-# With two shared cores a job of this size takes some five minutes.
+# With two shared cores a job of so many steps takes some five minutes with the presets' rows, ten with the most.
 LIMITED = {
     "max_upload_mb": 5,
     "max_job_tokens": 500_000,
     "max_job_steps": 500,
+    "max_rows_per_step": 8,
+    "max_rows_per_pass": 8,
+    "max_evaluations": 20,
     "max_jobs_per_visitor": 3,
     "max_jobs_per_day": 50,
     "max_queue": 5,

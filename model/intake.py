@@ -7,7 +7,6 @@ nothing that could run code is opened. Knows nothing of torch.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,19 +127,20 @@ def read_dataset(
 ) -> Intake:
     """Read the first stories (`limits`) of the Hub's data set `repo` (owner/name or owner/name@revision).
 
-    `split` picks the files with this word in their path; files without any split in their names are "train". For a
-    stranger, on a public site, this computer's token is not used, and no more is fetched than `limits` let upload.
+    `split` picks the files with this word in their path; files without any split in their names are "train". Of each
+    file that is not Parquet only the first `limits.max_bytes` are read. For a stranger, on a public site, this
+    computer's token is not used, and no more is fetched than `limits` let upload.
 
     Raises:
         InputError: it cannot be pulled (see `model.hub.pull.pull_dataset`), or read (see `read_upload`).
     """
-    from model.hub.pull import pull_dataset
+    from model.hub.pull import has_word, pull_dataset
 
-    paths = pull_dataset(repo, progress, not for_stranger, limits.max_bytes if for_stranger else None)
-    chosen = [path for path in paths if _has_word(path, split)] or (paths if split == "train" else [])
-    if not chosen:
-        names = ", ".join(path.name for path in paths[:5])
-        raise InputError(f"{repo} has no training file for the split {split!r}. It has: {names}.")
+    split = split.strip() or "train"
+    paths = pull_dataset(repo, progress, not for_stranger, limits.max_bytes if for_stranger else None, split)
+    chosen = paths
+    if split == "train":
+        chosen = [path for path in paths if has_word("/".join(path.parts[-2:]), split)] or paths
     gathering = Gathering(repo, limits, text_column, prompt_column)
     for path in chosen:
         if gathering.is_full:
@@ -152,7 +152,7 @@ def read_dataset(
                 gathering.add_file(path.name, path)
             else:
                 with path.open("rb") as file:
-                    content = file.read(limits.max_unpacked_bytes)
+                    content = file.read(limits.max_bytes)
                     if file.read(1):  # a part will do; its last line is cut
                         content = content[: content.rfind(b"\n") + 1] or content
                         gathering.warnings.append(f"Of {path.name} the first {size(len(content))} were read.")
@@ -175,7 +175,3 @@ def read_sample() -> Intake:
 def _too_large(name: str, n_bytes: int, limits: Limits) -> InputError:
     return InputError(f"{name} has {size(n_bytes)}; {size(limits.max_bytes)} are the most. Give a part of it.")
 
-
-def _has_word(path: Path, word: str) -> bool:
-    """Whether the word stands in the file's name or that of its folder."""
-    return re.search(rf"(?i)(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", "/".join(path.parts[-2:])) is not None

@@ -24,18 +24,30 @@ READABLE = "TXT, MD, JSONL, JSON, CSV, TSV, PARQUET, or a ZIP of such files"
 CODE_SUFFIXES = (*PICKLE_SUFFIXES, ".npy", ".npz", ".joblib")
 CODE_MAGIC = re.compile(rb"\x80[\x02-\x05]|\x93NUMPY")  # a pickle of protocol 2 to 5, NumPy's own format
 N_PEEKED = 50  # rows by which a table's columns are judged
+MAX_COLUMNS = 1_000
+MAX_UNPACKED = 4  # times max_bytes
+LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is taken at once. Bytes and characters; `max_tokens` is of all stories to train on (None: any)."""
+    """How much is taken at once. Bytes and characters; `max_tokens` is of all stories to train on (None: any).
 
-    max_bytes: int = 50_000_000
+    What is parsed takes many times its bytes in memory: plain text and tables (read row by row) about 10, up to 25 with
+    symbols beyond the usual ones in them; JSON, and what is one row, about 25.
+    """
+
+    max_bytes: int = 50_000_000  # of one file, also of each in a ZIP
     max_stories: int = 20_000
     max_story_characters: int = 100_000
-    max_unpacked_bytes: int = 200_000_000
+    max_unpacked_bytes: int = 200_000_000  # of all files of a ZIP, or a Parquet file; never more than 4 x max_bytes
+    max_json_bytes: int = 10_000_000  # of a .json file, which is parsed whole
+    max_row_characters: int = 2_000_000  # of a row of a table, or a line of JSON
     max_files: int = 2_000
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_unpacked_bytes", min(self.max_unpacked_bytes, MAX_UNPACKED * self.max_bytes))
 
 
 DEFAULT_LIMITS = Limits()
@@ -91,20 +103,36 @@ def read_table(name: str, content: bytes | Path, limits: Limits = DEFAULT_LIMITS
     if kind == ".parquet":
         return _parquet(shown(name), content, limits), []
     assert isinstance(content, bytes)
-    text, warnings = decode(shown(name), content)
+    name = shown(name)
+    if kind == ".json" and len(content) > limits.max_json_bytes:
+        raise InputError(
+            f"{name} has {size(len(content))}; {size(limits.max_json_bytes)} are the most for a .json file, which is "
+            "read whole. Save it as JSON lines (.jsonl, one story a line), or give a part of it."
+        )
+    text, warnings = decode(name, content)
     if kind in (".csv", ".tsv"):
-        return _csv(shown(name), text, "\t" if kind == ".tsv" else None), warnings
-    rows = _json_rows(shown(name), text) if kind == ".json" else None
+        return _csv(name, text, "\t" if kind == ".tsv" else None, limits), warnings
+    rows = _json_rows(name, text) if kind == ".json" else None
     if rows is None:
-        return _table_of(lambda: _json_lines(shown(name), text)), warnings
-    return _table_of(lambda: iter(rows)), warnings
+        return _table_of(name, lambda: _json_lines(name, text, limits)), warnings
+    return _table_of(name, lambda: iter(rows)), warnings
 
 
-def _table_of(rows: Callable[[], Iterator[Mapping[str, Any]]]) -> Table:
+def _table_of(name: str, rows: Callable[[], Iterator[Mapping[str, Any]]]) -> Table:
     columns: dict[str, None] = {}
     for _, row in zip(range(N_PEEKED), rows(), strict=False):
         columns |= dict.fromkeys(column for column in row if column)
+        if len(columns) > MAX_COLUMNS:
+            raise InputError(f"{name} has more than {MAX_COLUMNS:,} columns. Give a table of stories with fewer.")
     return Table(list(columns), lambda _: rows())
+
+
+def _check_row(n_characters: int, where: str, limits: Limits) -> None:
+    if n_characters > limits.max_row_characters:
+        raise InputError(
+            f"{where} has more than {limits.max_row_characters:,} characters. Give each story a row of its own, and "
+            "longer texts as TXT."
+        )
 
 
 def _json_row(row: Any, where: str) -> dict[str, Any]:
@@ -115,8 +143,13 @@ def _json_row(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def _json_lines(name: str, text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON text may hold U+2028
+def _json_lines(name: str, text: str, limits: Limits) -> Iterator[dict[str, Any]]:
+    number, start = 0, 0
+    while start < len(text):  # not splitlines: a JSON text may hold U+2028; nor split, which copies all of it
+        number, end = number + 1, text.find("\n", start)
+        end = end if end >= 0 else len(text)
+        _check_row(end - start, f"Line {number} of {name}", limits)
+        line, start = text[start:end], end + 1
         if line.strip():
             try:
                 row = json.loads(line)
@@ -141,14 +174,28 @@ def _json_rows(name: str, text: str) -> list[dict[str, Any]] | None:
     return [_json_row(row, f"Item {number} of {name}") for number, row in enumerate(data, 1)]
 
 
-def _csv(name: str, text: str, delimiter: str | None) -> Table:
-    header = text.lstrip("\r\n").split("\n", 1)[0]
+def _csv(name: str, text: str, delimiter: str | None, limits: Limits) -> Table:
+    header = next((line for match in LINE.finditer(text) if (line := match[0].strip("\r\n"))), "")
     delimiter = delimiter or max(",;\t|", key=header.count)
 
     def rows() -> Iterator[dict[str, Any]]:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        n_characters = 0  # since the row before
+
+        def lines() -> Iterator[str]:
+            nonlocal n_characters
+            for number, match in enumerate(LINE.finditer(text), 1):
+                n_characters += match.end() - match.start()
+                _check_row(n_characters, f"The row in line {number} of {name}", limits)
+                line = match[0]
+                if not line.strip("\r\n"):  # between two rows, or in a field, whose length csv limits
+                    n_characters -= len(line)
+                if line:
+                    yield line
+
+        reader = csv.DictReader(lines(), delimiter=delimiter)
         try:
             for row in reader:
+                n_characters = 0
                 yield {column: value for column, value in row.items() if column}
         except csv.Error as error:
             raise InputError(
@@ -156,7 +203,7 @@ def _csv(name: str, text: str, delimiter: str | None) -> Table:
                 "quotation mark left open there? Close it."
             ) from error
 
-    return _table_of(rows)
+    return _table_of(name, rows)
 
 
 def _parquet(name: str, content: bytes | Path, limits: Limits) -> Table:
@@ -247,6 +294,11 @@ def read_zip(name: str, content: bytes, limits: Limits) -> tuple[Iterator[tuple[
     if not chosen:
         raise InputError(
             f"{name} holds no file Taleloom can read. Pack {READABLE.removesuffix(', or a ZIP of such files')}."
+        )
+    if large := next((info for info in chosen if info.file_size > limits.max_bytes), None):
+        raise InputError(
+            f"{shown(large.filename)} in {name} has {size(large.file_size)}; {size(limits.max_bytes)} are the most for "
+            "a file. Give a part of it."
         )
     warnings = []
     if skipped:

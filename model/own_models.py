@@ -30,7 +30,8 @@ ExportForm = Literal["folder", "gguf", "adapter"]
 
 @dataclass(frozen=True)
 class OwnModel:
-    """One storyteller: `created` in Unix seconds, `base` what it was fine-tuned from (None: the bundled one)."""
+    """One storyteller: `created` in Unix seconds, `base` what it was fine-tuned from (None: the bundled one), `visitor`
+    the key of whoever made it on a public site (see jobs.admission.visitor_key), "" when nobody in particular did."""
 
     name: str
     folder: Path
@@ -38,6 +39,7 @@ class OwnModel:
     base: str | None = None
     note: str = ""
     job: str | None = None
+    visitor: str = ""
 
     @property
     def size_mb(self) -> float:
@@ -95,6 +97,7 @@ def own_models() -> list[OwnModel]:
                     notes.get("base"),
                     str(notes.get("note") or ""),
                     notes.get("job"),
+                    str(notes.get("visitor") or ""),
                 )
             )
     return sorted(found, key=lambda model: (-model.created, model.name))
@@ -117,7 +120,9 @@ def add_model(name: str, source: Path, notes: Mapping[str, Any], card: str) -> O
     folder = models_folder() / check_name(name)
     if folder.exists():
         raise InputError(f"There is a storyteller called {name!r} already. Choose another name.")
-    files: dict[str, bytes | str] = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    # A write that was killed leaves a hidden file behind.
+    kept = [path for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
+    files: dict[str, bytes | str] = {path.name: path.read_bytes() for path in kept}
     write_folder(folder, {**files, "README.md": card, NOTES: json.dumps(dict(notes), indent=2)})
     return own_model(name)
 

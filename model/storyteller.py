@@ -30,6 +30,8 @@ Mode = Literal["idea", "opening"]
 MAX_PROMPT_CHARACTERS = 20_000
 N_SLOTS = 64  # stories written at the same time
 CUDA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "C:/Windows/System32/nvcuda.dll")
+DRAFTING_S = 0.5  # at most, before a story begins
+DRAFT_S_PER_WEIGHT, USUAL_TOKENS = 1e-11, 320  # for each token, in a batch, on one CPU core
 N_REMEMBERED = 500  # stories that can be found again by their id
 TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 REQUEST_START = re.compile(
@@ -101,12 +103,14 @@ def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing
     """
     if not model:
         return BUNDLED_WEIGHTS
-    if folders and Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
-    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", model) is not None
     own = user_home() / "models" / model
-    if is_name and own.is_dir():
-        return own
+    try:
+        if folders and Path(model).expanduser().is_dir():
+            return Path(model).expanduser()
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*", model) and own.is_dir():
+            return own
+    except OSError as error:  # longer than any name
+        raise ModelError(f"There is no model {model[:40]!r}: {error.strerror}.") from error
     if re.fullmatch(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", model) and not model.startswith((".", "/")):
         from model.hub.pull import pull_model
 
@@ -174,7 +178,11 @@ class Story:
             return
         whole = [i for i, end in self._draft_ends.items() if end in (FinishReason.STOP, FinishReason.LENGTH)]
         if whole:
-            best = max(sorted(whole), key=self._draft_score)
+            try:
+                best = max(sorted(whole), key=self._draft_score)
+            except Exception:  # a story must come all the same
+                log.exception("the drafts could not be compared")
+                best = min(whole)
             self.params = self._request.params = self._drafts[best].params
         self._drafts = []
         try:
@@ -410,7 +418,7 @@ class Storyteller:
         """
         params = params or SamplingParams()
         if params.seed is None and not seeds:
-            n_tried = max(1, min(n_drafts, self.engine.n_free // 2))
+            n_tried = max(1, min(n_drafts, self.engine.n_free // 2, self._affordable_drafts(params.max_tokens)))
             seeds = [secrets.randbelow(2**31) for _ in range(n_tried)]
         if seeds:
             params = replace(params, seed=seeds[0])
@@ -428,6 +436,11 @@ class Storyteller:
             for story_id in done[: max(0, len(self._stories) - N_REMEMBERED)]:
                 del self._stories[story_id]
         return story
+
+    def _affordable_drafts(self, max_tokens: int) -> int:
+        """How many drafts need not be waited for long: the larger the model, the fewer."""
+        draft_s = DRAFT_S_PER_WEIGHT * self.config.n_parameters * min(max_tokens, USUAL_TOKENS)
+        return int(DRAFTING_S / draft_s)
 
     def _check_prompt(self, prompt: str, mode: Mode) -> None:
         if not prompt.strip():

@@ -78,6 +78,24 @@ def test_fewer_drafts_when_many_stories_are_running(tiny_model, monkeypatch):
         assert len(tried) == 2 + 1  # half of the four slots, then the story itself
 
 
+def test_a_large_model_or_a_long_story_gets_fewer_drafts(storyteller, monkeypatch):
+    """Eight drafts of a model of 85 million weights kept a reader waiting for two seconds."""
+    assert storyteller._affordable_drafts(320) >= 8
+    monkeypatch.setattr(type(storyteller.config), "n_parameters", 8_300_000)
+    assert storyteller._affordable_drafts(320) >= 8
+    monkeypatch.setattr(type(storyteller.config), "n_parameters", 85_000_000)
+    assert storyteller._affordable_drafts(320) <= 2
+    story = storyteller.tell("the fox", PARAMS)
+    assert story.wait(60) and story.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def test_drafts_that_cannot_be_compared_do_not_cost_the_story(storyteller, monkeypatch):
+    """An exception on the engine's thread is logged, and whoever waited for the story would wait for ever."""
+    monkeypatch.setattr("model.storyteller.score", lambda *_, **__: 1 / 0)
+    story = storyteller.tell("the fox", PARAMS, seeds=[7, 8])
+    assert story.wait(60) and story.params.seed == 7 and story.text
+
+
 def test_a_story_stopped_among_its_drafts_ends(storyteller):
     story = storyteller.tell("the fox", SamplingParams(max_tokens=4000), pace=5)
     story.stop()

@@ -116,7 +116,8 @@ class Engine:
             with self._changed:
                 while self._scheduler.is_idle and not self._closing and not self._retiring:
                     self._changed.wait()
-                closing = self._closing or self._scheduler.is_idle
+                # Retired and idle: whatever is submitted from now on must be refused, for nobody would run it.
+                closing = self._closing = self._closing or self._scheduler.is_idle
                 everyone = [*self._scheduler.running, *self._scheduler.waiting]
             for request in everyone:
                 if closing or request.cancelled.is_set():

@@ -11,6 +11,7 @@ import errno
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -28,6 +29,7 @@ OPTIONAL_FILES = (
     "generation_config.json tokenizer.json tokenizer_config.json model.safetensors.index.json README.md".split()
 )
 NOT_STORIES = re.compile(r"(?i)(?<![a-z])(?:valid|validation|val|dev|test|eval|readme|license|requirements)(?![a-z])")
+NO_DATA = re.compile(r"(?i)(?<![a-z])(?:readme|license|requirements)(?![a-z])")
 
 
 def pull_model(spec: str, progress: Callable[[str], None], use_token: bool = True) -> Path:
@@ -51,18 +53,24 @@ def pull_dataset(
     progress: Callable[[str], None] = lambda _: None,
     use_token: bool = True,
     max_bytes: int | None = None,
+    split: str = "train",
 ) -> list[Path]:
-    """The training files (Parquet, JSONL or text) of the Hub's data set `repo_id`, sorted. Downloads what is not there.
+    """The files (Parquet, JSONL or text) of a split of the Hub's data set `repo_id`, sorted. Downloads what is not
+    there, and no other split's.
 
     Args:
         use_token: as in `pull_model`.
         max_bytes: what all of them may have together; None is MAX_BYTES.
+        split: "train" takes all that is not kept for testing; another, the files with this word in their path.
 
     Raises:
         InputError: as ModelError of `pull_model`, for a data set.
     """
     token: Literal[False] | None = None if use_token else False
-    return sorted(_pull("dataset", repo_id, choose_training_files, progress, token, max_bytes))
+    if split == "train":
+        return sorted(_pull("dataset", repo_id, choose_training_files, progress, token, max_bytes))
+    choose = partial(choose_split_files, split=split)
+    return sorted(_pull("dataset", repo_id, choose, progress, token, max_bytes, part=split))
 
 
 def choose_model_files(names: Iterable[str]) -> list[str]:
@@ -104,6 +112,25 @@ def choose_training_files(names: Iterable[str]) -> list[str]:
     return parquet or readable
 
 
+def choose_split_files(names: Iterable[str], split: str) -> list[str]:
+    """Which of a data set's files are of the split: those with this word in their path, Parquet alone where there is.
+
+    Raises:
+        InputError: there is none.
+    """
+    readable = [name for name in names if name.endswith((".parquet", ".jsonl", ".txt")) and not NO_DATA.search(name)]
+    chosen = [name for name in readable if has_word(name, split)]
+    if not chosen:
+        there = ", ".join(re.sub(r"[^\w./-]", "?", name) for name in sorted(readable)[:5]) or "none Taleloom reads"
+        raise InputError(f"It has no file for the split {split[:40]!r}. Its files: {there}. Choose another split.")
+    return [name for name in chosen if name.endswith(".parquet")] or chosen
+
+
+def has_word(path: str, word: str) -> bool:
+    """Whether the word stands in the path by itself, in capitals or not."""
+    return re.search(rf"(?i)(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", path) is not None
+
+
 def _pull(
     kind: Kind,
     spec: str,
@@ -111,9 +138,15 @@ def _pull(
     progress: Callable[[str], None],
     token: Literal[False] | None = None,
     max_bytes: int | None = None,
+    part: str = "",
 ) -> list[Path]:
-    """Download what `choose` picks from the repository's file names, in that order."""
-    from huggingface_hub import HfApi, hf_hub_download
+    """Download what `choose` picks from the repository's file names, in that order.
+
+    Args:
+        token: False: without this computer's token; then a copy that came with one is not given away either.
+        part: a name for what `choose` picks, where that is not what a pull of this kind usually does.
+    """
+    from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HTTPError
 
     repo, _, revision = spec.partition("@")
@@ -121,7 +154,9 @@ def _pull(
     failure: type[TaleloomError] = ModelError if kind == "model" else InputError
     cache = user_home().resolve() / "hub"
     receipts = cache / "receipts"
-    cached = _read_receipt(receipts / _receipt_name(kind, repo, revision), cache)
+    cached, is_public = _read_receipt(receipts / _receipt_name(kind, repo, revision, part), cache)
+    if token is False and not is_public:
+        cached = []
     if cached and COMMIT.fullmatch(revision):
         return cached
 
@@ -147,6 +182,8 @@ def _pull(
         raise failure(f"{repo} has {_size(n_bytes)}; {_size(most)} are the most. Choose a smaller one.")
     paths = []
     try:
+        if token is False:  # huggingface_hub gives files that are here already to anybody, of a gated repository too
+            get_hf_file_metadata(hf_hub_url(repo, names[0], repo_type=kind, revision=commit), token=False)
         for name in names:
             bar: Any = _bar_class(name, progress)
             path = hf_hub_download(
@@ -156,26 +193,33 @@ def _pull(
             if name == "config.json":
                 read_config(paths[-1].parent)  # refuses another kind of model before its weights come
         receipts.mkdir(parents=True, exist_ok=True)
-        content = json.dumps([path.relative_to(cache).as_posix() for path in paths])
+        is_public = token is False or get_token() is None
         for known_as in (commit, revision):
-            write_atomically(receipts / _receipt_name(kind, repo, known_as), content)
+            receipt = receipts / _receipt_name(kind, repo, known_as, part)
+            was_public = _read_receipt(receipt, cache) == (paths, True)
+            files = [path.relative_to(cache).as_posix() for path in paths]
+            write_atomically(receipt, json.dumps({"files": files, "public": is_public or was_public}))
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
         raise failure(_explain(error, kind, repo, revision, began=True)) from error
     progress(f"{repo} is here (commit {commit[:7]}).")
     return paths
 
 
-def _receipt_name(kind: Kind, repo: str, revision: str) -> str:
-    return f"{kind} {quote(repo, safe='')}@{quote(revision, safe='')}.json"
+def _receipt_name(kind: Kind, repo: str, revision: str, part: str) -> str:
+    return f"{kind} {quote(repo, safe='')}@{quote(revision, safe='')}{part and ' '}{quote(part, safe='')}.json"
 
 
-def _read_receipt(receipt: Path, cache: Path) -> list[Path]:
-    """The files of an earlier pull; empty when there was none or one of its files is gone."""
+def _read_receipt(receipt: Path, cache: Path) -> tuple[list[Path], bool]:
+    """The files of an earlier pull, and whether they came without a token; no files when there was no pull, or one of
+    its files is gone."""
     try:
-        paths = [cache / name for name in json.loads(receipt.read_text())]
-    except (OSError, ValueError):
-        return []
-    return paths if all(path.is_file() for path in paths) else []
+        content = json.loads(receipt.read_text())
+        if isinstance(content, list):  # as they once were
+            content = {"files": content, "public": False}
+        paths = [cache / name for name in content["files"]]
+        return (paths, content["public"] is True) if all(path.is_file() for path in paths) else ([], False)
+    except (OSError, ValueError, TypeError, KeyError):
+        return [], False
 
 
 def _is_out_of_reach(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from model.checkpoint import write_atomically
-from model.config import FineTuneSettings, TrainingLimits
+from model.config import FineTuneSettings, TrainingLimits, user_home
 from model.errors import BusyError, InputError, TaleloomError
 from model.jobs.record import Job, JobState, Row, append_line, read_lines, write_request
 from model.own_models import models_folder
@@ -43,7 +44,8 @@ def check_visitor(limits: TrainingLimits, visitor: str) -> None:
 def check_size(
     limits: TrainingLimits, rows: Sequence[Row], settings: FineTuneSettings, n_tokens: int | None = None
 ) -> None:
-    """Raises InputError when the stories or the steps are too many; `n_tokens` None estimates them from the length."""
+    """Raises InputError when the stories, the steps, or what is done at each are too many; `n_tokens` None estimates
+    them from the length."""
     n_bytes = sum(len(row["text"].encode(errors="replace")) for row in rows)
     if n_bytes > limits.max_upload_mb * 1e6:
         raise InputError(
@@ -60,6 +62,13 @@ def check_size(
     if most is not None and (settings.max_steps is None or settings.max_steps > most):
         wanted = f"{settings.max_steps:,} steps are" if settings.max_steps else "No greatest number of steps is"
         raise InputError(f"{wanted} asked for; set max_steps to {most:,} or less, which is what is allowed here.")
+    for name, value, most in (
+        ("rows_per_step", settings.rows_per_step, limits.max_rows_per_step),
+        ("rows_per_pass", settings.rows_per_pass, limits.max_rows_per_pass),
+        ("evaluations", settings.evaluations, limits.max_evaluations),
+    ):
+        if most is not None and value > most:
+            raise InputError(f"{name} is {value:,}; set it to {most:,} or less, which is what is allowed here.")
 
 
 def check_queue(limits: TrainingLimits, jobs: Sequence[Job]) -> None:
@@ -77,12 +86,22 @@ def check_disk(limits: TrainingLimits, root: Path) -> None:
             f"The disk has {free_mb:.0f} MB left and a job needs {ROOM_MB}. Delete old jobs or other files first."
         )
     if limits.disk_quota_mb is not None:
-        used_mb = sum(path.lstat().st_size for path in root.rglob("*") if path.is_file()) / 1e6
+        used_mb = sum(map(_n_bytes, (root, models_folder(), user_home() / "hub"))) / 1e6
         if used_mb + ROOM_MB > limits.disk_quota_mb:
             raise TaleloomError(
-                f"All jobs together take {used_mb:.0f} MB and a new one up to {ROOM_MB}; {limits.disk_quota_mb} MB are "
-                "allowed here. Delete old jobs first."
+                f"All jobs, storytellers and downloads together take {used_mb:.0f} MB and a new job up to {ROOM_MB}; "
+                f"{limits.disk_quota_mb} MB are allowed here. Delete old jobs and storytellers first."
             )
+
+
+def _n_bytes(folder: Path) -> int:
+    """Of all files below a folder, as far as they stay there meanwhile."""
+    n_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                n_bytes += os.lstat(os.path.join(parent, name)).st_size
+    return n_bytes
 
 
 def check_day(limits: TrainingLimits, root: Path, visitor: str) -> None:

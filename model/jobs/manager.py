@@ -40,6 +40,7 @@ from model.jobs.record import (
 from model.own_models import check_name
 
 MAX_TEST_IDEAS = 4
+MAX_IDEA_CHARACTERS = 300
 CANCEL_TIMEOUT_S = 20.0  # for a worker to end by itself; nothing of a cancelled job is worth waiting for
 Records = list[dict[str, Any]]
 _logger = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ class JobManager:
     def get(self, id: str) -> Job:
         folder = self.root / id
         is_name = bool(id) and Path(id).name == id and not id.startswith(".")
-        if not is_name or not folder.is_dir() or not (job := self._read(folder)):
-            raise InputError(f"There is no job {id!r}. It may have been deleted.")
+        if not is_name or not os.path.isdir(folder) or not (job := self._read(folder)):
+            raise InputError(f"There is no job {id[:60]!r}. It may have been deleted.")
         return job
 
     def metrics(self, id: str) -> Records:
@@ -136,6 +137,8 @@ class JobManager:
         ideas = tuple(idea.strip() for idea in test_ideas if idea.strip())
         if len(ideas) > MAX_TEST_IDEAS:
             raise InputError(f"There are {len(ideas)} test ideas; {MAX_TEST_IDEAS} can be told at each evaluation.")
+        if (longest := max(map(len, ideas), default=0)) > MAX_IDEA_CHARACTERS:
+            raise InputError(f"A test idea has {longest:,} characters; {MAX_IDEA_CHARACTERS} are the most. Shorten it.")
         job = Job(
             id="",
             folder=self.root,

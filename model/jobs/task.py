@@ -75,7 +75,11 @@ def fine_tune(
 
     job, clock = read_request(folder), Clock(folder / "clock.json")
     rows = read_stories(folder)
-    base = find_model(job.base)
+    # Paths are absolute: a storyteller of one's own may be called "docs". Once there is a checkpoint, what is needed of
+    # the base is in it and beside it, and the base may be renamed or deleted.
+    begun = (folder / "checkpoint.safetensors").is_file() and (folder / "best" / "config.json").is_file()
+    is_path = job.base is not None and Path(job.base).is_absolute()
+    base = folder / "best" if begun else find_model(job.base, folders=is_path)
     device = choose_device(job.device)
     tokenizer: Tokenizer
     ideas = job.test_ideas or TEST_IDEAS
@@ -182,8 +186,9 @@ def hand_over(job: Job, run: FineTune, rows: Sequence[Row], seconds: float) -> N
         write_atomically(job.folder / "result.json", json.dumps({**result, "name": made.name}, indent=2))
         return
     name = free_name(job.name)
-    card = model_card(dataclasses.replace(job, name=name), result, evaluations, told[-1] if told else [], rows)
-    notes = {"job": job.id, "base": job.base, "created": time.time(), "note": job.note}
+    job = dataclasses.replace(job, name=name, note=read_request(job.folder).note)  # as it is now
+    card = model_card(job, result, evaluations, told[-1] if told else [], rows)
+    notes = {"job": job.id, "base": job.base, "created": time.time(), "note": job.note, "visitor": job.visitor}
     model: OwnModel = add_model(name, job.folder / "best", notes, card)
     result["name"] = model.name
     write_atomically(job.folder / "result.json", json.dumps(result, indent=2))

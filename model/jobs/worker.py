@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from model.checkpoint import write_atomically
+from model.checkpoint import remove_leftovers, write_atomically
 from model.errors import TaleloomError
 from model.jobs.process import boottime_s, identify, try_lock
 from model.jobs.record import read_request, read_status
@@ -28,6 +28,7 @@ from model.jobs.state import AT_WORK
 HEARTBEAT_S = 2.0
 WISH_S = 0.2  # at most so often job.json is looked at
 NICENESS = 10  # readers' stories come first
+OTHERS_FILES = ("job.json",)  # the manager may be writing it just now
 
 Outcome = Literal["done", "paused", "cancelled"]
 Wish = Literal["pause", "cancel"] | None
@@ -141,6 +142,8 @@ def main(folder: Path, task: Task | None = None) -> None:
     with _sole_worker(folder, attempt) as is_mine:
         if not is_mine:
             return
+        remove_leftovers(folder, OTHERS_FILES)
+        remove_leftovers(folder / "best")
         status = Status(folder, attempt, os.environ.get("OMP_NUM_THREADS") or str(_n_cpus()))
         wishes = Wishes(folder, attempt)
         with status.beating(), _on_sigterm(lambda: setattr(wishes, "is_terminated", True)):

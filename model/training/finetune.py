@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model, write_atomically
@@ -80,6 +82,11 @@ class RowStream:
     def take(self, n: int) -> list[list[int]]:
         self.n_taken += n
         return [next(self._rows) for _ in range(n)]
+
+    def skip(self, n: int) -> None:
+        self.n_taken += n
+        for _ in range(n):
+            next(self._rows)
 
 
 class FineTune:
@@ -203,8 +210,8 @@ class FineTune:
         value = total.item()
         if not math.isfinite(value) or not math.isfinite(norm.item()):
             raise TaleloomError(
-                f"The loss at step {step} is not a number, so nothing more was learned. Try again with a lower "
-                "learning rate; the best storyteller so far is kept."
+                f"The loss at step {step} is not a number, so nothing more can be learned. Try again with a lower "
+                "learning rate."
             )
         scale = self.lr_scale(step)
         self.optimizer.step(scale)
@@ -250,16 +257,23 @@ class FineTune:
         record["best"] = judged is None or judged < min((score for _, score in self._judged()), default=math.inf)
         plain = self.plain_decoder()
         if record["best"]:
-            save_model(self.folder / "best", plain, self.tokenizer)
-            if additions := lora_tensors(self.decoder):
-                from safetensors.torch import save
-
-                write_atomically(self.folder / "best" / "adapter_model.safetensors", save(additions))
+            self._save_best(plain)
         if self._tell:
             sample = {"step": self.step, "stories": self._tell(plain)}
             with (self.folder / "samples.jsonl").open("a") as file:
                 file.write(json.dumps(sample) + "\n")
         self._record(record)
+
+    def _save_best(self, plain: Decoder) -> None:
+        if any(parameter.abs().max() > torch.finfo(torch.float16).max for parameter in plain.parameters()):
+            raise TaleloomError("The weights grew too large to be stored. Try again with a lower learning rate.")
+        save_model(self.folder / "best", plain, self.tokenizer)
+        if additions := lora_tensors(self.decoder):
+            settings = self.settings
+            adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings.lora_rank, "bias": "none"}
+            adapter |= {"lora_alpha": settings.lora_alpha, "target_modules": list(settings.lora_targets)}
+            write_atomically(self.folder / "best" / "adapter_config.json", json.dumps(adapter, indent=2))
+            write_atomically(self.folder / "best" / "adapter_model.safetensors", safetensors.torch.save(additions))
 
     def plain_decoder(self) -> Decoder:
         """The decoder as it is now, additions merged, without dropout."""
@@ -316,6 +330,10 @@ class FineTune:
         }
 
     def _save(self) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl"):  # a checkpoint must not outlive what led to it
+            if (path := self.folder / name).exists():
+                with path.open("ab") as file:
+                    os.fsync(file.fileno())
         save_checkpoint(self._checkpoint, self.decoder, self.optimizer, {"step": str(self.step), **self._identity()})
 
     def _resume(self) -> None:
@@ -330,9 +348,9 @@ class FineTune:
         write_atomically(self.folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in kept))
         share, n = self._replay_share, self.settings.rows_per_step
         n_replayed = math.floor(self.step * n * share)
-        self._own.take(self.step * n - n_replayed)
+        self._own.skip(self.step * n - n_replayed)
         if self._replayed:
-            self._replayed.take(n_replayed)
+            self._replayed.skip(n_replayed)
 
 
 def _peak_memory_mb() -> float:

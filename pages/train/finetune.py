@@ -25,6 +25,7 @@ from pages.shared.parts import (
     BADGES,
     asker,
     is_mine,
+    is_ones_own_machine,
     literally,
     manager,
     signed_in,
@@ -95,7 +96,9 @@ def read_stories() -> Intake | None:
     with st.spinner("Fetching the stories …"):
         return remembered(
             ("hub", repo, split),
-            lambda text, prompt: read_dataset(repo, split, text, prompt, limits=limits),
+            lambda text, prompt: read_dataset(
+                repo, split, text, prompt, limits=limits, for_stranger=not is_ones_own_machine()
+            ),
             again=is_asked,
         )
 

@@ -347,6 +347,22 @@ def test_a_retired_engine_tells_its_stories_to_the_end(backend):
     assert reader.wait().reason is FinishReason.LENGTH
     engine._thread.join(10)
     assert not engine._thread.is_alive()
+    with pytest.raises(EngineError):  # nobody is left to run it: whoever waited would wait for ever
+        engine.submit(Reader().request, accepted=True)
+
+
+def test_what_was_accepted_is_refused_neither_by_a_full_queue_nor_by_retirement(engine, backend):
+    backend.gate.clear()
+    readers = [Reader() for _ in range(5)]  # two slots, three waiting
+    for reader in readers:
+        engine.submit(reader.request)
+    with pytest.raises(BusyError):
+        engine.submit(Reader().request)
+    engine.retire()
+    readers.append(Reader())
+    engine.submit(readers[-1].request, accepted=True)
+    backend.gate.set()
+    assert all(reader.wait().reason is FinishReason.LENGTH for reader in readers)
 
 
 def test_closing_cancels_and_refuses(backend):
