@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,11 +66,11 @@ def write_folder(folder: Path, files: dict[str, bytes | str]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, others: Sequence[str] = ()) -> None:
-    """Delete the temporary files and folders that killed writes have left in a folder into which nobody writes now,
-    except the files called as in `others`."""
+def remove_leftovers(folder: Path, of: Callable[[str], bool] = lambda name: True) -> None:
+    """Delete the temporary files and folders that killed writes have left in a folder: of the names that nobody may be
+    writing just now (`of`)."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if (made := TEMPORARY.fullmatch(path.name)) and made[1] not in others:
+        if (made := TEMPORARY.fullmatch(path.name)) and of(made[1]):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -174,4 +174,3 @@ def read_sample() -> Intake:
 
 def _too_large(name: str, n_bytes: int, limits: Limits) -> InputError:
     return InputError(f"{name} has {size(n_bytes)}; {size(limits.max_bytes)} are the most. Give a part of it.")
-

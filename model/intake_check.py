@@ -91,7 +91,7 @@ def check(
         InputError: more tokens to train on than `limits` allow.
     """
     rows = intake.rows
-    lengths, n_tokens, n_unknown, n_too_long = [], 0, 0, 0
+    lengths, n_tokens, n_unknown, n_too_long, n_words, n_common = [], 0, 0, 0, 0, 0
     pieces: list[list[int]] = []
     unknown = _byte_ids(tokenizer)
     for row in rows:
@@ -99,6 +99,9 @@ def check(
         lengths.append(len(tokens))
         n_unknown += sum(token in unknown for token in tokens)
         n_too_long += len(tokens) + 2 > context + 1
+        its_words = words(row["text"])
+        n_words += len(its_words)
+        n_common += sum(word in FUNCTION_WORDS for word in its_words)
         if row["split"] == "train":
             n_tokens += len(tokens)
             pieces += token_pieces(row["text"], row["prompt"], tokenizer, context + 1)
@@ -108,8 +111,7 @@ def check(
         )
     train = [row["text"] for row in rows if row["split"] == "train"]
     test = [row["text"] for row in rows if row["split"] == "test"]
-    all_words = [word for row in rows for word in words(row["text"])]
-    english_share = sum(word in FUNCTION_WORDS for word in all_words) / max(1, len(all_words))
+    english_share = n_common / max(1, n_words)
     found = contamination(train, held_out) if held_out else None
     result = Check(
         n_stories=len(rows),
@@ -125,7 +127,7 @@ def check(
         unknown_share=n_unknown / max(1, sum(lengths)),
         duplicates=sum(count - 1 for count in Counter(row["text"] for row in rows).values()),
         english_share=english_share,
-        looks_english=english_share >= ENGLISH_SHARE or len(all_words) < MIN_WORDS_TO_JUDGE,
+        looks_english=english_share >= ENGLISH_SHARE or n_words < MIN_WORDS_TO_JUDGE,
         contamination=found,
         n_leaked=contamination(train, test)["near"] if test else 0,
         warnings=[],

@@ -26,6 +26,7 @@ CODE_MAGIC = re.compile(rb"\x80[\x02-\x05]|\x93NUMPY")  # a pickle of protocol 2
 N_PEEKED = 50  # rows by which a table's columns are judged
 MAX_COLUMNS = 1_000
 MAX_UNPACKED = 4  # times max_bytes
+LINE_ENDS = ("", "\n", "\r", "\r\n")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
 
 
@@ -33,8 +34,8 @@ LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)?")
 class Limits:
     """How much is taken at once. Bytes and characters; `max_tokens` is of all stories to train on (None: any).
 
-    What is parsed takes many times its bytes in memory: plain text and tables (read row by row) about 10, up to 25 with
-    symbols beyond the usual ones in them; JSON, and what is one row, about 25.
+    What is parsed takes many times its bytes in memory: JSON up to 25 times, text of very short paragraphs 50 times.
+    So each file of a ZIP is limited as if it came alone, and what must be parsed at once is limited further.
     """
 
     max_bytes: int = 50_000_000  # of one file, also of each in a ZIP
@@ -127,12 +128,11 @@ def _table_of(name: str, rows: Callable[[], Iterator[Mapping[str, Any]]]) -> Tab
     return Table(list(columns), lambda _: rows())
 
 
-def _check_row(n_characters: int, where: str, limits: Limits) -> None:
-    if n_characters > limits.max_row_characters:
-        raise InputError(
-            f"{where} has more than {limits.max_row_characters:,} characters. Give each story a row of its own, and "
-            "longer texts as TXT."
-        )
+def _row_too_long(where: str, limits: Limits) -> InputError:
+    return InputError(
+        f"{where} has more than {limits.max_row_characters:,} characters. Give each story a row of its own, and longer "
+        "texts as TXT."
+    )
 
 
 def _json_row(row: Any, where: str) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def _json_lines(name: str, text: str, limits: Limits) -> Iterator[dict[str, Any]
     while start < len(text):  # not splitlines: a JSON text may hold U+2028; nor split, which copies all of it
         number, end = number + 1, text.find("\n", start)
         end = end if end >= 0 else len(text)
-        _check_row(end - start, f"Line {number} of {name}", limits)
+        if end - start > limits.max_row_characters:
+            raise _row_too_long(f"Line {number} of {name}", limits)
         line, start = text[start:end], end + 1
         if line.strip():
             try:
@@ -184,11 +185,10 @@ def _csv(name: str, text: str, delimiter: str | None, limits: Limits) -> Table:
         def lines() -> Iterator[str]:
             nonlocal n_characters
             for number, match in enumerate(LINE.finditer(text), 1):
-                n_characters += match.end() - match.start()
-                _check_row(n_characters, f"The row in line {number} of {name}", limits)
-                line = match[0]
-                if not line.strip("\r\n"):  # between two rows, or in a field, whose length csv limits
-                    n_characters -= len(line)
+                if n_characters + match.end() - match.start() > limits.max_row_characters:
+                    raise _row_too_long(f"The row in line {number} of {name}", limits)
+                if (line := match[0]) not in LINE_ENDS:  # those are between two rows, or in a field, which csv limits
+                    n_characters += len(line)
                 if line:
                     yield line
 

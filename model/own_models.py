@@ -153,16 +153,13 @@ def delete_model(name: str) -> None:
 
 
 def export_model(name: str, form: ExportForm) -> tuple[str, bytes]:
-    """(file name, content): the whole folder as a ZIP, a GGUF file for llama.cpp, or LoRA's additions.
+    """(file name, content): the whole folder as a ZIP, a GGUF file for llama.cpp, or LoRA's additions
+    as the `peft` library reads them, in a ZIP.
 
     Raises:
         ModelError: there is no such storyteller, or it has no adapter.
     """
     model = own_model(name)
-    if form == "adapter":
-        if not model.has_adapter:
-            raise ModelError(f"{name} was not trained with LoRA, so it has no adapter. Export the folder.")
-        return f"{name}-{ADAPTER}", (model.folder / ADAPTER).read_bytes()
     if form == "gguf":
         from model.hub.export import export_gguf
 
@@ -170,9 +167,13 @@ def export_model(name: str, form: ExportForm) -> tuple[str, bytes]:
             out = Path(temporary) / f"{name}.gguf"
             export_gguf(model.folder, out)
             return out.name, out.read_bytes()
+    paths = sorted(path for path in model.folder.iterdir() if path.is_file())
+    if form == "adapter":
+        if not model.has_adapter:
+            raise ModelError(f"{name} was not trained with LoRA, so it has no adapter. Export the folder.")
+        paths = [path for path in paths if path.name.startswith("adapter_")]
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:  # weights do not get smaller
-        for path in sorted(model.folder.iterdir()):
-            if path.is_file():
-                archive.write(path, f"{name}/{path.name}")
-    return f"{name}.zip", content.getvalue()
+        for path in paths:
+            archive.write(path, f"{name}/{path.name}")
+    return f"{name}{'-adapter' if form == 'adapter' else ''}.zip", content.getvalue()

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,10 +16,12 @@ from model.checkpoint import (
     load_tokenizer,
     read_config,
     read_weights,
+    remove_leftovers,
     save_model,
     weight_files,
     write_atomically,
 )
+from model.config import CHECKOUT
 from model.errors import InputError, ModelError
 from model.tokenizer import Tokenizer
 
@@ -54,6 +59,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "\ud800")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writes_left_is_found_by_its_name(tmp_path):
+    program = """
+import os, signal, sys
+from pathlib import Path
+import model.checkpoint as checkpoint
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+folder = Path(sys.argv[1])
+getattr(checkpoint, sys.argv[2])(folder / sys.argv[3], b"new" if sys.argv[2] == "write_atomically" else {"a": b"new"})
+"""
+    kept = {"config.json", ".worker", ".lock", ".created.jsonl", ".hidden", "a.b.abcdefgh", "job.json"}
+    for name in kept:
+        (tmp_path / name).write_text("")
+    for write in (("write_atomically", "config.json"), ("write_atomically", "job.json"), ("write_folder", "best")):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path), *write], cwd=CHECKOUT)
+        assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == len(kept) + 3
+    remove_leftovers(tmp_path, lambda name: name != "job.json")
+    [left] = {path.name for path in tmp_path.iterdir()} - kept
+    assert left.startswith(".job.json.")
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    remove_leftovers(tmp_path / "missing")
 
 
 def test_missing_weights_are_named(folder):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from model import intake_text
 from model.checkpoint import read_config
 from model.config import CHECKOUT, FINE_TUNE_PRESETS, FineTuneSettings
 from model.errors import InputError
+from model.hub.pull import choose_split_files
 from model.intake import (
     Limits,
     check,
@@ -34,7 +36,7 @@ from model.intake import (
     read_sample,
     read_upload,
 )
-from model.intake_formats import TABLE_SUFFIXES, TEXT_SUFFIXES
+from model.intake_formats import MAX_COLUMNS, TABLE_SUFFIXES, TEXT_SUFFIXES
 from model.tokenizer import Tokenizer
 from model.training.data import pack, token_pieces
 
@@ -426,6 +428,63 @@ def test_zip_bombs_are_refused_by_what_they_declare_and_by_what_they_hold(no_tra
     assert len(read_upload("s.zip", many).rows) == 30
 
 
+def test_a_zip_unpacks_to_four_times_what_may_come_at_most_and_each_file_to_no_more_than_alone(no_traces):
+    limits = Limits(max_bytes=100_000)
+    assert limits.max_unpacked_bytes == 400_000 and Limits().max_unpacked_bytes == 200_000_000
+    text = (MIA + "\n***\n").encode() * 1_500
+    assert len(read_upload("s.zip", zipped({f"{i}.txt": text for i in range(4)}), limits=limits).rows) == 6_000
+    with pytest.raises(InputError, match="unpacks to 412,500 bytes; 400,000 bytes are the most"):
+        read_upload("s.zip", zipped({f"{i}.txt": text for i in range(5)}), limits=limits)
+    with pytest.raises(InputError, match=r"s\.txt in s\.zip has 165,000 bytes; 100,000 bytes are the most for a file"):
+        read_upload("s.zip", zipped({"s.txt": text * 2}), limits=limits)
+    assert len(read_upload("s.zip", zipped({"a.txt": MIA, "film.mp4": text * 2}), limits=limits).rows) == 1
+
+
+EMPTY_LISTS = b"[" + b"[]," * 100_000 + b"[]]"  # each takes 64 bytes of memory
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.json", b'[{"text": "%s"}]' % (b"Mia " * 500_000), "2 MB; 1 MB are the most for a .json file"),
+        (
+            "s.jsonl",
+            b'{"text": "Mia"}\n{"text": "Tom", "x": %s}' % EMPTY_LISTS,
+            "Line 2 of s.jsonl has more than 200,000",
+        ),
+        ("s.csv", b'text\nMia\n"' + b'\n","' * 60_000, "of s.csv has more than 200,000 characters"),
+        ("s.csv", b"text,other\n" + b"," * 210_000, "line 2 of s.csv has more than 200,000 characters"),
+    ],
+    ids=["json", "jsonl", "csv-lines", "csv-line"],
+)
+def test_what_must_be_parsed_at_once_is_limited_further(no_traces, name, content, message):
+    """A thousand times smaller when packed, such a file once took gigabytes."""
+    limits = Limits(max_json_bytes=1_000_000, max_row_characters=200_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=message):
+            read_upload("s.zip", zipped({name: content}), limits=limits)
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+def test_tables_with_endless_columns_are_refused():
+    row = {f"c{i}": "" for i in range(MAX_COLUMNS + 1)}
+    for name, content in (("s.jsonl", jsonl([row])), ("s.csv", ",".join(row).encode() + b"\n1")):
+        with pytest.raises(InputError, match="more than 1,000 columns"):
+            read_upload(name, content)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_rows_may_be_many_and_far_apart(end):
+    rows = [f'"{i}. {MIA}{end}{end}{TOM}"{end}' for i in range(20)]
+    content = f"text{end}{(end * 2_000).join(rows)}".encode()
+    intake = read_upload("s.csv", content, limits=Limits(max_row_characters=1_000))
+    assert [text.split(".")[0] for text in texts(intake)] == [str(i) for i in range(20)]
+    assert all(text.endswith(TOM) for text in texts(intake)) and len(intake.rows) == 20
+
+
 def test_a_small_parquet_file_cannot_become_a_huge_table(no_traces):
     one = pyarrow.array([MIA + " kite" * 200_000])
     often = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256, pyarrow.int8()), one)
@@ -559,8 +618,12 @@ def hub(monkeypatch, tmp_path):
         for name, content in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(content)
-        paths = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-        monkeypatch.setattr("model.hub.pull.pull_dataset", lambda repo, progress, use_token, max_bytes: paths)
+
+        def pull(repo, progress, use_token, max_bytes, split):
+            names = sorted(files)
+            return [tmp_path / name for name in (names if split == "train" else choose_split_files(names, split))]
+
+        monkeypatch.setattr("model.hub.pull.pull_dataset", pull)
 
     return push
 
@@ -583,14 +646,16 @@ def test_the_split_of_a_data_set_picks_its_files(hub):
     hub({"data/happy.jsonl": jsonl([{"text": MIA}]), "data/sad.txt": f"{TOM}\n<|endoftext|>\n{OWL}".encode()})
     assert sorted(texts(read_dataset("someone/moods"))) == sorted([MIA, TOM, OWL])
     assert texts(read_dataset("someone/moods", split="sad")) == [TOM, OWL]
-    with pytest.raises(InputError, match=r"no training file for the split 'test'\. It has: happy"):
+    with pytest.raises(InputError, match=r"no file for the split 'test'\. Its files: data/happy"):
         read_dataset("someone/moods", split="test")
+    hub({"data/test-0.jsonl": jsonl([{"text": OWL}]), "data/train-0.jsonl": jsonl([{"text": MIA}])})
+    assert texts(read_dataset("someone/moods", split="test")) == [OWL]
 
 
 def test_of_a_large_file_of_a_data_set_the_beginning_is_read(hub):
     rows = [{"text": f"{i:03}. {MIA}"} for i in range(100)]
     hub({"data/train.jsonl": jsonl(rows)})
-    intake = read_dataset("someone/kites", limits=Limits(max_unpacked_bytes=2_000))
+    intake = read_dataset("someone/kites", limits=Limits(max_bytes=2_000))
     assert texts(intake) == [row["text"] for row in rows[: len(intake.rows)]] and 20 < len(intake.rows) < 40
     assert intake.warnings[0].startswith("Of train.jsonl the first 1,9")
 

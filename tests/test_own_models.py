@@ -58,6 +58,19 @@ def test_deleted_it_is_gone(tiny_model, home):
         own.delete_model("pirates")
 
 
+def test_whose_it_is_and_what_a_killed_write_left(tiny_model, tmp_path, home):
+    source = tmp_path / "best"
+    shutil.copytree(tiny_model, source)
+    (source / ".model.safetensors.abcdefgh").write_bytes(b"half")
+    own.add_model("pirates", source, {"visitor": "0123abcd"}, "")
+    add("owls", tiny_model)
+    assert {model.name: model.visitor for model in own.own_models()} == {"pirates": "0123abcd", "owls": ""}
+    assert sorted(p.name for p in (home / "models/pirates").iterdir() if p.name.startswith(".")) == []
+    own.note_model("pirates", "ahoy")
+    own.rename_model("pirates", "sailors")
+    assert own.own_model("sailors").visitor == "0123abcd"
+
+
 def test_damaged_notes_do_not_hide_it(tiny_model):
     add("pirates", tiny_model)
     (own.own_model("pirates").folder / own.NOTES).write_text("{half")
@@ -75,4 +88,8 @@ def test_exports(tiny_model, tmp_path):
     with pytest.raises(ModelError, match="LoRA"):
         own.export_model("pirates", "adapter")
     shutil.copy(tiny_model / "model.safetensors", own.own_model("pirates").folder / own.ADAPTER)
-    assert own.own_model("pirates").has_adapter and own.export_model("pirates", "adapter")[1]
+    (own.own_model("pirates").folder / "adapter_config.json").write_text("{}")
+    name, content = own.export_model("pirates", "adapter")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+    assert name == "pirates-adapter.zip" and names == [f"pirates/{n}" for n in ("adapter_config.json", own.ADAPTER)]

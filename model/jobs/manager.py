@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint import remove_leftovers
 from model.config import CHECKOUT, FineTuneSettings, TrainingLimits, user_home
 from model.errors import InputError, TaleloomError
 from model.jobs.admission import add_job, after_all, check_free, check_queue, check_visitor, remove, visitor_key
@@ -232,6 +233,7 @@ class JobManager:
             self.launcher.reap()
             for leftover in [*self.root.glob(".deleted-*"), *self.root.glob(".new-*")]:
                 remove(leftover)
+            remove_leftovers(self.root)
             jobs = self.list()
             for job in jobs:
                 if job.process and self._hangs(job):
@@ -288,6 +290,7 @@ class JobManager:
 
     def _launch(self, job: Job) -> None:
         launched: dict[str, Any] = {"attempt": job.attempt, "boottime": boottime_s(), "process": None}
+        remove_leftovers(job.folder, lambda name: name == "job.json")  # the rest is the worker's
         try:
             process = self.launcher.start(job.folder)
         except (OSError, TaleloomError) as error:

@@ -28,7 +28,6 @@ from model.jobs.state import AT_WORK
 HEARTBEAT_S = 2.0
 WISH_S = 0.2  # at most so often job.json is looked at
 NICENESS = 10  # readers' stories come first
-OTHERS_FILES = ("job.json",)  # the manager may be writing it just now
 
 Outcome = Literal["done", "paused", "cancelled"]
 Wish = Literal["pause", "cancel"] | None
@@ -142,7 +141,7 @@ def main(folder: Path, task: Task | None = None) -> None:
     with _sole_worker(folder, attempt) as is_mine:
         if not is_mine:
             return
-        remove_leftovers(folder, OTHERS_FILES)
+        remove_leftovers(folder, lambda name: name != "job.json")  # which is the manager's
         remove_leftovers(folder / "best")
         status = Status(folder, attempt, os.environ.get("OMP_NUM_THREADS") or str(_n_cpus()))
         wishes = Wishes(folder, attempt)
@@ -220,11 +219,22 @@ def _n_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _step_back() -> None:
+    """Let readers' stories go first.
+
+    Where Linux groups processes by session (sched_autogroup), a worker's niceness counts only among its own session's:
+    the group has one of its own.
+    """
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
+
+
 def _log(line: str) -> None:
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 if __name__ == "__main__":
-    os.nice(NICENESS)
+    _step_back()
     main(Path(sys.argv[1]))

@@ -15,10 +15,10 @@ from weakref import WeakValueDictionary
 import streamlit as st
 
 from model.config import SamplingParams
-from model.errors import TaleloomError
+from model.errors import ModelError, TaleloomError
 from model.own_models import own_models
 from model.storyteller import Mode, Story, Storyteller, find_model, guess_mode
-from pages.shared.parts import guarded, literally, show_complaint, visitor
+from pages.shared.parts import guarded, literally, show_complaint, visible_models, visitor
 
 DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None
 DEVICE = os.environ.get("TALELOOM_DEVICE", "auto")
@@ -218,6 +218,8 @@ def load_wanted() -> None:
     try:
         with place.status("Looking for the storyteller …") as status:
             # Fetched outside the cache: what a cached function draws is replayed to others.
+            if wanted in {model.name for model in own_models()} - {model.name for model in visible_models()}:
+                raise ModelError(f"There is no model {wanted!r}.")
             find_model(wanted, lambda sentence: status.update(label=literally(sentence)), folders=False)
             storyteller_of(wanted)
     except TaleloomError as error:
@@ -246,7 +248,7 @@ def show_header() -> None:
                 st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
             load_wanted()
             st.session_state.picked = st.session_state.model
-            names = dict.fromkeys([None, *(model.name for model in own_models()), st.session_state.model])
+            names = dict.fromkeys([None, *(model.name for model in visible_models()), st.session_state.model])
             here.selectbox("Now telling", list(names), format_func=name_of, key="picked", on_change=pick_storyteller)
 
 

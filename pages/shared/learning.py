@@ -22,10 +22,12 @@ def choose_settings(settings: FineTuneSettings, key: str) -> FineTuneSettings | 
         key: of these settings, so that others do not show what was typed for them.
     """
     values: dict[str, Any] = {}
-    most_steps = manager().limits.max_job_steps
+    limits = manager().limits
 
     def number(column: Any, name: str, label: str, low: float, high: float, **more: Any) -> None:
-        value = type(low)(getattr(settings, name))  # Streamlit mixes no whole numbers with others
+        most = getattr(limits, f"max_{name}", None)
+        high = high if most is None else max(low, min(high, most))
+        value = min(high, type(low)(getattr(settings, name)))  # Streamlit mixes no whole numbers with others
         values[name] = column.number_input(label, low, high, value, key=f"{key}_{name}", **more)
 
     def choice(column: Any, name: str, label: str, options: dict[str, str]) -> None:
@@ -39,7 +41,7 @@ def choose_settings(settings: FineTuneSettings, key: str) -> FineTuneSettings | 
     choice(right, "schedule", "Learning rate's course", SCHEDULES)
     number(left, "learning_rate", "Learning rate", 0.000001, 0.1, step=0.0001, format="%.6f")
     number(right, "epochs", "Epochs at most", 0.1, 1000.0, step=1.0)
-    highest = 10_000_000 if most_steps is None else max(1, most_steps)
+    highest = max(1, limits.max_job_steps or 10_000_000)
     values["max_steps"] = left.number_input(
         "Steps at most", 1, highest, min(settings.max_steps or highest, highest), key=f"{key}_max_steps"
     )

@@ -13,6 +13,7 @@ from model.errors import TaleloomError
 from model.jobs.admission import visitor_key
 from model.jobs.manager import JobManager
 from model.jobs.record import JobState
+from model.own_models import OwnModel, own_models
 
 BADGES: dict[JobState, Literal["gray", "blue", "orange", "green", "red"]] = {
     JobState.QUEUED: "gray",
@@ -78,6 +79,14 @@ def is_ones_own_machine() -> bool:
     """Whether whoever visits may do what the machine's owner may; else this is a public site."""
     limits = manager().limits
     return limits.mode == "open" and not limits.sign_in
+
+
+def visible_models() -> list[OwnModel]:
+    """The own storytellers that this visitor may tell with and take home: their own, and those of the site itself.
+
+    A storyteller may recite what it learned, so those of strangers are nobody else's.
+    """
+    return [model for model in own_models() if not model.visitor or is_mine(model.visitor)]
 
 
 @st.cache_resource

@@ -29,6 +29,7 @@ from pages.shared.parts import (
     literally,
     manager,
     signed_in,
+    visible_models,
 )
 
 SAMPLE, FILE, PASTE, HUB = "Sample: a captain's log", "A file", "Paste", "Hugging Face Hub"
@@ -222,7 +223,7 @@ def show_new() -> None:
     with st.container(key="how"):
         left, right = st.columns(2)
         base = left.selectbox(
-            "Start from", [None, *(model.name for model in own_models())], key="base", format_func=base_name
+            "Start from", [None, *(model.name for model in visible_models())], key="base", format_func=base_name
         )
         name = right.text_input("Name of the new storyteller", key="new_name", placeholder="pirates", max_chars=60)
         settings = choose_preset()

@@ -8,17 +8,15 @@ from functools import partial
 
 import streamlit as st
 
-from model.errors import InputError
 from model.own_models import (
     ExportForm,
     OwnModel,
     delete_model,
     export_model,
     note_model,
-    own_models,
     rename_model,
 )
-from pages.shared.parts import guarded, is_mine, literally, manager, show_complaint
+from pages.shared.parts import guarded, is_mine, literally, show_complaint, visible_models
 
 FORMS: dict[ExportForm, str] = {"folder": "Folder (ZIP)", "gguf": "GGUF, for llama.cpp", "adapter": "LoRA adapter"}
 
@@ -33,7 +31,7 @@ def show(model: OwnModel) -> None:
         st.html(f"<h2 class='tl-name'>{model.name}</h2>")  # letters, digits, dots, dashes: see own_models.NAME
         made = time.strftime("%d %B %Y", time.localtime(model.created))
         st.caption(literally(f"From {model.base or 'the bundled storyteller'}, {made}, {model.size_mb:.0f} MB"))
-        mine = is_mine(owner(model))
+        mine = is_mine(model.visitor)
         if mine:
             st.text_input(
                 "Note", model.note, key=f"note_{model.name}", placeholder="What is special about it?",
@@ -50,7 +48,7 @@ def show(model: OwnModel) -> None:
                 for form, label in FORMS.items():
                     if form == "adapter" and not model.has_adapter:
                         continue
-                    suffix = {"folder": "zip", "gguf": "gguf", "adapter": "safetensors"}[form]
+                    suffix = {"folder": "zip", "gguf": "gguf", "adapter": "zip"}[form]
                     content = partial(exported, model.name, form)
                     name = f"{model.name}.{suffix}"
                     st.download_button(label, content, name, on_click="ignore", key=f"{form}_{model.name}")
@@ -74,14 +72,6 @@ def exported(name: str, form: ExportForm) -> bytes:
     return export_model(name, form)[1]
 
 
-def owner(model: OwnModel) -> str:
-    """Whose it is, see is_mine: the visitor's who started the fine-tune; nobody's when that is gone."""
-    try:
-        return manager().get(model.job or "").visitor
-    except InputError:
-        return ""
-
-
 def note(name: str) -> None:
     guarded(partial(note_model, name, st.session_state[f"note_{name}"]))
 
@@ -97,7 +87,7 @@ st.html(
     "<p class='tl-tagline'>Those you have taught, to write with or to take home.</p>"
 )
 show_complaint()
-models = own_models()
+models = visible_models()
 for model in models:
     show(model)
 if not models:

@@ -355,6 +355,71 @@ def test_a_data_set_gives_its_training_stories(hub: Any) -> None:
     assert pull_dataset("someone/plain") == paths
 
 
+def test_a_split_other_than_train_brings_its_files_alone(hub: Any) -> None:
+    row = b'{"text": "Mia found a key."}\n'
+    files = {"README-test.txt": b"no", "train.jsonl": row, "data/Test-0.jsonl": row, "latest.txt": b"no"}
+    files |= {"validation/0.parquet": b"yes", "validation/0.jsonl": row}
+    commit = hub.push("someone/stories", files, kind="datasets")
+    for spec in ("someone/stories", f"someone/stories@{commit}"):  # the second from the receipts
+        for split, expected in [("train", ["train.jsonl", "latest.txt"]), ("test", ["Test-0.jsonl"])]:
+            assert {path.name for path in pull_dataset(spec, split=split)} == set(expected)
+        assert [path.read_bytes() for path in pull_dataset(spec, split="validation")] == [b"yes"]
+    assert sorted(hub.asked_for("HEAD")) == ["data/Test-0.jsonl", "latest.txt", "train.jsonl", "validation/0.parquet"]
+    with pytest.raises(InputError, match=r"no file for the split 'dev'\. Its files: data/Test-0\.jsonl, latest"):
+        pull_dataset("someone/stories", split="dev")
+    hub.stop()
+    assert [path.name for path in pull_dataset("someone/stories", split="test")] == ["Test-0.jsonl"]
+
+
+@pytest.mark.parametrize("lock", ["private", "gated"])
+def test_strangers_get_nothing_that_came_with_a_token(
+    hub: Any, tiny_model: Path, lock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.push(REPO, tiny_model)
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    folder = pull_model(REPO, quiet)
+    if lock == "private":
+        private = hub.commits.pop(("models", REPO))
+    else:
+        hub.gated.add(REPO)
+    for spec in (REPO, f"{REPO}@{commit}"):
+        with pytest.raises(ModelError, match="or it is private" if lock == "private" else "gated"):
+            pull_model(spec, quiet, use_token=False)
+    assert pull_model(f"{REPO}@{commit}", quiet) == folder  # the owner still has it
+    if lock == "private":
+        hub.commits["models", REPO] = private
+    hub.gated.clear()
+    hub.authorizations.clear()
+    assert pull_model(f"{REPO}@{commit}", quiet, use_token=False) == folder
+    assert hub.authorizations == {None}
+    hub.requests.clear()
+    pull_model(REPO, quiet)  # what came to strangers once stays theirs
+    hub.stop()
+    for spec in (REPO, f"{REPO}@{commit}"):
+        with_token = pull_model(spec, quiet)
+        assert with_token == folder
+    assert pull_model(f"{REPO}@{commit}", quiet, use_token=False) == folder
+
+
+def test_strangers_get_what_came_without_a_token_also_offline(hub: Any, tiny_model: Path) -> None:
+    commit = hub.push(REPO, tiny_model)
+    folder = pull_model(REPO, quiet)  # there is no token here
+    hub.stop()
+    for spec in (REPO, f"{REPO}@{commit}"):
+        assert pull_model(spec, quiet, use_token=False) == folder
+
+
+def test_receipts_of_earlier_versions_are_the_owners(hub: Any, tiny_model: Path, tmp_path: Path) -> None:
+    hub.push(REPO, tiny_model)
+    folder = pull_model(REPO, quiet)
+    for receipt in (tmp_path / "home/hub/receipts").iterdir():
+        receipt.write_text(json.dumps(json.loads(receipt.read_text())["files"]))
+    hub.stop()
+    assert pull_model(REPO, quiet) == folder
+    with pytest.raises(ModelError, match="cannot be reached"):
+        pull_model(REPO, quiet, use_token=False)
+
+
 def test_a_data_set_that_cannot_be_used_is_said(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push("someone/pictures", {"a.png": b"-", "train.csv": b"-"}, kind="datasets")
     hub.push("someone/huge", {"train.txt": b"-" * 3000}, kind="datasets")

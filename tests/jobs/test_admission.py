@@ -1,16 +1,19 @@
 """What may be asked for: TrainingLimits from the environment, and what a new job is refused for."""
 
+import dataclasses
 import json
+import os
 import shutil
 import time
 from collections import namedtuple
 
 import pytest
 
-from model.config import LIMITED, FineTuneSettings, TrainingLimits
+from model.config import FINE_TUNE_PRESETS, LIMITED, FineTuneSettings, TrainingLimits
 from model.errors import BusyError, InputError, TaleloomError
 from model.jobs import admission
 from model.jobs.record import JobState
+from tests.paper import ROWS
 
 
 def test_one_owns_machine_is_open_and_a_space_is_off_until_it_is_asked_for():
@@ -79,6 +82,25 @@ def test_sizes(limited):
     steps.add(n_steps=100)
 
 
+@pytest.mark.parametrize("name", ["rows_per_step", "rows_per_pass", "evaluations"])
+def test_what_is_done_at_each_step_is_limited_too(limited, name):
+    jobs = limited(mode="limited", **LIMITED)
+    most = LIMITED["max_evaluations" if name == "evaluations" else f"max_{name}"]
+    settings = FineTuneSettings(max_steps=100, **{name: most})
+    job = jobs.manager.create("most", ROWS, settings)
+    with pytest.raises(InputError, match=f"{name} is {most + 1}; set it to {most} or less"):
+        jobs.manager.create("more", ROWS, dataclasses.replace(settings, **{name: most + 1}))
+    with pytest.raises(InputError, match=name):
+        jobs.manager.clone(job.id, "more", **{name: most + 1})
+
+
+def test_presets_fit_what_is_limited_but_for_their_steps(limited):
+    jobs = limited(**{**LIMITED, "max_jobs_per_visitor": 10})
+    for name in ("quick", "good"):
+        settings = dataclasses.replace(FINE_TUNE_PRESETS[name], max_steps=LIMITED["max_job_steps"])
+        jobs.manager.create(name, ROWS, settings)
+
+
 def test_queue(limited):
     jobs = limited(max_queue=1)
     first = jobs.add("first")
@@ -121,6 +143,37 @@ def test_disk(limited, paper, monkeypatch):
     assert paper.manager.list() == []
 
 
+@pytest.mark.parametrize("place", ["jobs/x/checkpoint.safetensors", "models/mia/model.safetensors", "hub/blobs/1"])
+def test_jobs_storytellers_and_downloads_fill_the_quota(limited, home, place):
+    jobs = limited(disk_quota_mb=520)
+    (home / place).parent.mkdir(parents=True)
+    with (home / place).open("wb") as file:
+        file.truncate(19_000_000)
+        jobs.add("fits")
+        file.truncate(25_000_000)
+    with pytest.raises(TaleloomError, match=r"take 25 MB and a new job up to 500; 520 MB are allowed"):
+        jobs.add("too-much")
+
+
+def test_the_quota_is_counted_though_files_go_meanwhile(limited, home, monkeypatch):
+    jobs = limited(disk_quota_mb=10_000)
+    folder = home / "jobs" / "running"
+    folder.mkdir(parents=True)
+    for name in ("status.json", ".status.json.abcdefgh"):
+        (folder / name).write_text("{}")
+    looked_at, real = [], admission.os.lstat
+
+    def lstat(path):
+        looked_at.append(os.path.basename(path))
+        if looked_at[-1].startswith("."):
+            os.unlink(path)
+        return real(path)
+
+    monkeypatch.setattr(admission.os, "lstat", lstat)
+    admission.check_disk(jobs.manager.limits, home / "jobs")
+    assert {"status.json", ".status.json.abcdefgh"} <= set(looked_at)
+
+
 def test_stories_and_ideas_that_cannot_be_used(paper):
     held_out, blank = {"text": "a", "prompt": None, "split": "test"}, {"text": " ", "prompt": None, "split": "train"}
     for rows in ([], [held_out], [blank]):
@@ -128,3 +181,6 @@ def test_stories_and_ideas_that_cannot_be_used(paper):
             paper.manager.create("x", rows, FineTuneSettings())
     with pytest.raises(InputError, match="5 test ideas"):
         paper.add(test_ideas=["a", "b", "c", "d", "e"])
+    with pytest.raises(InputError, match="301 characters; 300 are the most"):
+        paper.add(test_ideas=["a fox", "x" * 301])
+    paper.add(test_ideas=[" " + "x" * 300 + " "])

@@ -246,7 +246,7 @@ def test_a_running_job_cannot_be_deleted(paper):
         paper.manager.delete(job.id)
 
 
-@pytest.mark.parametrize("id", ["", ".", "..", "../jobs", ".lock", "no-such-job", "a/b"])
+@pytest.mark.parametrize("id", ["", ".", "..", "../jobs", ".lock", "no-such-job", "a/b", "x" * 300, "a\0b"])
 def test_ids_are_names_of_jobs_only(paper, id):
     paper.add()
     for method in (paper.manager.get, paper.manager.delete, paper.manager.pause, paper.manager.metrics):

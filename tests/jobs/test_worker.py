@@ -192,3 +192,33 @@ def test_a_resumption_has_as_many_threads_as_the_first_attempt(paper, job, monke
     paper.request(job, attempt=2)
     worker.main(job.folder, task)
     assert threads == ["3", "3"]
+
+
+def test_what_a_killed_worker_left_is_removed_but_for_what_the_manager_writes(paper, job):
+    best = job.folder / "best"
+    best.mkdir()
+    left = [job.folder / name for name in (".checkpoint.safetensors.abcdefgh", ".status.json.a1b2_c3d")]
+    left += [best / ".adapter_model.safetensors.abcdefgh", job.folder / ".best.abcdefgh"]
+    left[-1].mkdir()
+    (left[-1] / "model.safetensors").write_bytes(b"half")
+    managers = job.folder / ".job.json.abcdefgh"
+    for path in (*left[:-1], managers, best / "model.safetensors"):
+        path.write_bytes(b"half")
+    seen = []
+
+    def task(folder, report, should_stop):
+        seen.extend(path for path in [*folder.iterdir(), *best.iterdir()])
+        return "paused"
+
+    lock = try_lock(job.folder / ".worker")
+    second = threading.Thread(target=worker.main, args=(job.folder, task))
+    second.start()
+    time.sleep(0.2)
+    assert all(path.exists() for path in left)  # the other worker's
+    lock.close()
+    second.join(10)
+    assert not set(left) & set(seen) and {managers, best / "model.safetensors"} <= set(seen)
+    paper.request(job, attempt=2)
+    (paper.root / "..created.jsonl.abcdefgh").write_text("half")
+    paper.manager.tend()
+    assert not managers.exists() and not (paper.root / "..created.jsonl.abcdefgh").exists()

@@ -133,8 +133,8 @@ def test_a_data_set_is_fetched_when_asked_and_again_after_a_failure(visit):
     place(app, "Hugging Face Hub")
     outcomes = [InputError("The Hub does not *answer*."), InputError("Not yet."), read_sample()]
 
-    def fetch(repo, split, text, prompt, limits):
-        assert (repo, split) == ("someone/tales", "train")
+    def fetch(repo, split, text, prompt, limits, for_stranger):
+        assert (repo, split, for_stranger) == ("someone/tales", "train", False)
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome

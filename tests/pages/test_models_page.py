@@ -102,6 +102,16 @@ def test_on_a_public_site_only_its_maker_may_change_it(visit, pirates, jobs, tin
     maker = visit("finetune")
     press(maker, "Start learning")
     [job] = jobs.manager.list()
-    add_model("owls", tiny_model, {"created": 2.0, "job": job.id}, "")
+    add_model("owls", tiny_model, {"created": 2.0, "job": job.id, "visitor": job.visitor}, "")
+    jobs.manager.cancel(job.id)
+    jobs.manager.delete(job.id)  # whose it is does not depend on the job
     maker.switch_page("pages/train/models.py").run()
     assert [button.key for button in maker.button if button.label == "Delete it"] == ["delete_owls"]
+    assert "owls" in maker.switch_page("pages/create/story.py").run().selectbox(key="picked").options
+    # It may recite its maker's stories, so nobody else sees it, or can tell with it by typing its name.
+    assert not [button for button in visit("models").button if button.key == "write_owls"]
+    stranger = visit("models").switch_page("pages/create/story.py").run()
+    assert "owls" not in stranger.selectbox(key="picked").options
+    stranger.text_input(key="model_field").set_value("owls")
+    press(stranger, "Load")
+    assert "There is no model" in stranger.error[0].value and stranger.session_state["model"] is None
