@@ -234,14 +234,14 @@ class FineTuneSettings:
     method: str = "full"  # "full": every weight; "lora": low-rank additions (Hu et al. 2021), merged at the end
     epochs: float = 12.0  # times the own stories are read, at most
     max_steps: int | None = None  # optimizer steps at most
-    learning_rate: float = 0.002  # Muon's for matrices (AdamW's is a third of it); with LoRA AdamW's alone
+    learning_rate: float = 0.0007  # Muon's for matrices; AdamW's is a third of it, with LoRA four times
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to zero, or "constant"
     warmup_share: float = 0.05
     rows_per_step: int = 4  # sequences behind one optimizer step
     rows_per_pass: int = 4  # sequences in memory at once; fewer means gradient accumulation
     weight_decay: float = 0.1
     dropout: float = 0.1  # of what each layer adds
-    replay_share: float = 0.3  # part of what is read that is the original stories, against forgetting
+    replay_share: float = 0.5  # part of what is read that is the original stories, against forgetting
     frozen_layers: int = 0  # the lowest ones
     lora_rank: int = 8
     lora_alpha: float = 16.0

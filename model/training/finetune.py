@@ -43,21 +43,25 @@ from model.training.optimizer import Optimizer
 
 Outcome = Literal["done", "paused", "cancelled"]
 Row = Mapping[str, Any]  # text, prompt, split
-IDEA_SHARE = 0.7  # part of the stories that are told from their prompt, or one made of them; others begin as they are
+# Part of the own stories that are told from their prompt, or one made of them; the others begin as they are. Originals
+# always do: half of all ideas would else go on being told in the old style.
+IDEA_SHARE = 0.7
 ADAMW_SHARE = 1 / 3  # of the learning rate: for embeddings and gains, beside Muon
+LORA_SHARE = 4.0  # of the learning rate: for LoRA's matrices, which begin at zero
 MAX_GRAD_NORM = 1.0
 N_SCORED = 100  # stories of each kind at an evaluation
 SAVE_EVERY_S = 30.0
 
 
 class RowStream:
-    """Endless rows of tokens [context + 1] from stories: each epoch shuffled, told from their ideas or not, packed.
+    """Endless rows of tokens [context + 1] from stories: each epoch shuffled, a share told from their ideas, packed.
 
     Row i is the same in every process that asks for the rows in order.
     """
 
-    def __init__(self, stories: Sequence[Row], tokenizer: Any, row_length: int, seed: int):
+    def __init__(self, stories: Sequence[Row], tokenizer: Any, row_length: int, seed: int, idea_share: float):
         self._stories, self._tokenizer, self._row_length, self._seed = stories, tokenizer, row_length, seed
+        self._idea_share = idea_share
         self._rows = self._generate()
         self.n_taken = 0
         self.epoch = 0
@@ -69,7 +73,7 @@ class RowStream:
         sequences: list[list[int]] = []
         for i in order:
             story = self._stories[i]
-            told_from_idea = rng.random() < IDEA_SHARE
+            told_from_idea = rng.random() < self._idea_share
             idea = (story.get("prompt") or idea_for({}, story["text"], rng)) if told_from_idea else None
             sequences += token_pieces(story["text"], idea, self._tokenizer, self._row_length)
         return list(pack(sequences, self._row_length, self._tokenizer.pad_id))
@@ -129,8 +133,8 @@ class FineTune:
         self._scored = {"own": [r["text"] for r in rows if r["split"] == "test"][:N_SCORED]}
         self._scored["own_train"] = [row["text"] for row in own[:: max(1, len(own) // 20)]][:20]
         self._scored["original"] = [row["text"] for row in originals if row["split"] == "test"][:N_SCORED]
-        self._own = RowStream(own, self.tokenizer, row_length, settings.seed)
-        self._replayed = RowStream(replayed, self.tokenizer, row_length, settings.seed) if replayed else None
+        self._own = RowStream(own, self.tokenizer, row_length, settings.seed, IDEA_SHARE)
+        self._replayed = RowStream(replayed, self.tokenizer, row_length, settings.seed, 0.0) if replayed else None
         self._replay_share = settings.replay_share if replayed else 0.0
         self._prepare_decoder()
         # LoRA's matrices take AdamW, as its authors did.
@@ -138,7 +142,7 @@ class FineTune:
         self.optimizer = Optimizer(
             self.decoder,
             0.0 if lora else settings.learning_rate,
-            settings.learning_rate * (1.0 if lora else ADAMW_SHARE),
+            settings.learning_rate * (LORA_SHARE if lora else ADAMW_SHARE),
             settings.weight_decay,
         )
         self.n_own_rows = len(self._own.epoch_rows(0))
