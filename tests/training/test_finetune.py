@@ -164,7 +164,7 @@ def test_rows_are_the_same_for_everyone_and_shuffled_anew_each_epoch(stories, to
     one, other = (RowStream(own, tokenizer, 65, 1, idea_share=0.5) for _ in range(2))
     n = len(one.epoch_rows(0))
     assert one.take(2 * n) == other.take(n) + other.take(n)
-    told = {share: RowStream(own, tokenizer, 65, 1, share).epoch_rows(0) for share in (0.0, 1.0)}
+    told = {share: RowStream(own, tokenizer, 257, 1, share).epoch_rows(0) for share in (0.0, 1.0)}
     n_ideas = {share: sum(row.count(tokenizer.idea_id) for row in rows) for share, rows in told.items()}
     assert n_ideas[0.0] == 0 and n_ideas[1.0] > 10
     assert one.epoch_rows(0) != one.epoch_rows(1) != RowStream(own, tokenizer, 65, 2, idea_share=0.5).epoch_rows(1)
