@@ -58,7 +58,7 @@ def test_a_story_grows_survives_a_reload_and_keeps_its_text_when_stopped(page):
     page.wait_for_timeout(700)
     assert text_of(page) == stopped
     page.reload()
-    page.get_by_role("button", name="Tell another").wait_for()
+    page.get_by_role("button", name="Tell another").wait_for(timeout=60_000)
     assert text_of(page) == stopped
 
 
@@ -67,7 +67,7 @@ def test_typed_markup_is_shown_literally(page):
     page.on("dialog", lambda dialog: pytest.fail("the prompt ran as a script"))
     page.get_by_role("radio", name="An opening").click()
     ask(page, typed, "Home")
-    page.get_by_role("button", name="Tell another").wait_for()
+    page.get_by_role("button", name="Tell another").wait_for(timeout=60_000)
     assert page.locator(".tl-own").first.inner_text() == typed
     assert page.locator(".tl-page").locator("b, strong, img, .katex").count() == 0
     with page.expect_download() as download:
@@ -87,7 +87,7 @@ def test_a_phone_never_scrolls_sideways(page, tmp_path):
     assert not page.evaluate(too_wide)
     ask(page, "Once upon a time there was a w" + "o" * 120 + "lf.", "Home")
     page.get_by_role("textbox").first.fill("my next idea")
-    page.get_by_role("button", name="Tell another").wait_for()
+    page.get_by_role("button", name="Tell another").wait_for(timeout=60_000)
     assert page.get_by_role("textbox").first.input_value() == "my next idea", "typed while a story grew and ended"
     assert not page.evaluate(too_wide)
     page.get_by_text("Finer settings").click()
@@ -114,7 +114,7 @@ def test_a_told_story_leaves_a_picture(page, tmp_path):
     """TALELOOM_SCREENSHOT=docs/screenshot.png makes the picture in the docs."""
     page.set_viewport_size({"width": 1100, "height": 1080})
     page.get_by_role("button", name="Once upon a time, a fox found a key").click()
-    page.get_by_role("button", name="Tell another").wait_for()
+    page.get_by_role("button", name="Tell another").wait_for(timeout=60_000)
     page.mouse.move(5, 500)  # nothing hovered
     page.wait_for_timeout(300)
     path = Path(os.environ.get("TALELOOM_SCREENSHOT") or tmp_path / "story.png")

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 from streamlit.user_info import UserInfoProxy
 
-from model.config import BUNDLED_WEIGHTS
+from model.config import BUNDLED_WEIGHTS, FINE_TUNE_PRESETS
 from model.intake import read_upload
 from model.jobs.record import JobState
 from model.own_models import add_model
@@ -166,7 +166,7 @@ def test_a_file_is_read_once(visit):
 
 def test_the_drawer_begins_with_the_preset_and_goes_into_the_job(visit, jobs):
     app = visit("finetune")
-    assert app.number_input(key="quick_epochs").value == 8
+    assert app.number_input(key="quick_epochs").value == FINE_TUNE_PRESETS["quick"].epochs
     app.button_group(key="preset").set_value("good").run()
     assert app.number_input(key="good_epochs").value == 20
     app.number_input(key="good_learning_rate").set_value(0.003)
