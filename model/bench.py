@@ -18,7 +18,8 @@ from model.checkpoint import read_weights
 from model.config import SamplingParams
 from model.engine.engine import Engine
 from model.engine.request import Request
-from model.storyteller import Storyteller, find_model
+from model.find import find_model
+from model.storyteller import Storyteller
 
 N_TOKENS = 200  # written by each stream
 STREAMS = (1, 4, 16, 64)

@@ -250,7 +250,7 @@ def build(
 ) -> None:
     """Prepare a corpus for `taleloom train --out OUT` with the same options; print counts and contamination."""
     from model.checkpoint import read_config
-    from model.storyteller import find_model
+    from model.find import find_model
 
     initial = find_model(init, _progress) if init else None
     if initial:
@@ -318,7 +318,7 @@ def train(
     With several GPUs: torchrun --nproc-per-node N -m model.cli train ...
     """
     from model.checkpoint import read_config
-    from model.storyteller import choose_device, find_model
+    from model.find import choose_device, find_model
     from model.training.data import PreparedData
     from model.training.loop import TrainingRun
 
@@ -396,8 +396,8 @@ def bench(model: str | None, device: str, peers: bool, as_json: bool) -> None:
 @click.option("--type", "kind", type=click.Choice(["f32", "f16", "q8_0"]), help="Weights in a gguf. Default: f16.")
 def export(model: str | None, form: str, out: Path, kind: str | None) -> None:
     """Write the storyteller for another program."""
+    from model.find import find_model
     from model.hub.export import export_gguf, export_hf
-    from model.storyteller import find_model
 
     if form == "hf" and kind:
         raise InputError("--type is for --format gguf; a folder keeps the weights as they are.")

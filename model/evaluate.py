@@ -18,7 +18,8 @@ from model.evaluation.cloze import cloze, read_pairs
 from model.evaluation.following import read_ideas
 from model.evaluation.loss import bits_per_byte, decoder_logits
 from model.evaluation.stories import ToldStory
-from model.storyteller import N_SLOTS, Storyteller, choose_device, find_model
+from model.find import choose_device, find_model
+from model.storyteller import N_SLOTS, Storyteller
 from model.training.data import clean, read_rows
 
 MAX_TOKENS = 400  # room for a story to end by itself

@@ -6,7 +6,6 @@ Plain data crosses it: text, numbers, iterators. Torch is imported only where th
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import threading
 import time
@@ -14,32 +13,24 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from model.checkpoint import load_tokenizer, read_config, read_weights
-from model.config import BUNDLED_WEIGHTS, ModelConfig, SamplingParams, user_home
+from model.config import ModelConfig, SamplingParams
 from model.drafts import N_DRAFTS, score
 from model.engine.request import FinishReason, Request
-from model.errors import BusyError, InputError, ModelError, TaleloomError
+from model.errors import BusyError, InputError, TaleloomError
+from model.find import choose_device, find_model
+from model.prompt import Mode, guess_mode, plain_text
 from model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-Mode = Literal["idea", "opening"]
 MAX_PROMPT_CHARACTERS = 20_000
 N_SLOTS = 64  # stories written at the same time
-CUDA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "C:/Windows/System32/nvcuda.dll")
 DRAFTING_S = 0.5  # at most, before a story begins
 DRAFT_S_PER_WEIGHT, USUAL_TOKENS = 1e-11, 320  # for each token, in a batch, on one CPU core
 N_REMEMBERED = 500  # stories that can be found again by their id
-TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " "})
-REQUEST_START = re.compile(
-    r"(?:please |can you |could you )?(?:tell|write|make|give|use)\b|(?:a|the) (?:story|tale)\b|words?:", re.IGNORECASE
-)
-TALE_START = re.compile(
-    r"(?:Once|One|There (?:was|were|lived)|Long ago|In (?:a|the)|It was|On a|At the|Deep in|Far away)\b"
-)
 
 
 def _say_nothing(_: str) -> None:
@@ -48,78 +39,6 @@ def _say_nothing(_: str) -> None:
 
 def _ignore_token(_: int) -> None:
     pass
-
-
-def plain_text(text: str) -> str:
-    """A prompt as the training text is written: plain quotes and dashes, one newline between paragraphs."""
-    lines = (line.strip() for line in text.translate(TYPOGRAPHY).split("\n"))
-    return "\n".join(line for line in lines if line)
-
-
-def guess_mode(prompt: str) -> Mode:
-    """Whether a prompt reads like the opening of a story or like an idea for one.
-
-    An opening is written as prose: it starts like a tale or has the marks of a sentence. "a dragon who is afraid of
-    fire" and "Tell me a story about a pirate." are ideas.
-    """
-    text = prompt.strip()
-    if REQUEST_START.match(text):
-        return "idea"
-    goes_on = re.search(r"[.!?][\"”']?\s+\S", text)  # past the end of a first sentence
-    is_prose = text[:1].isupper() and (goes_on or (len(text.split()) >= 5 and text[-1] in '.,!?"”'))
-    is_opening = TALE_START.match(text) or text[:1] in '"“' or is_prose or len(text) > 200
-    return "opening" if is_opening else "idea"
-
-
-def choose_device(device: str = "auto") -> str:
-    """Resolve to "cpu" or "cuda"; "auto" takes CUDA where torch finds it.
-
-    Torch, which takes a second to import, is asked only when there is a driver or CUDA is wanted.
-
-    Raises:
-        InputError: CUDA is asked for and there is none, or the name is unknown.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"Device {device!r} is none of auto, cpu, cuda.")
-    if device == "cpu" or (device == "auto" and not any(Path(driver).exists() for driver in CUDA_DRIVERS)):
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if device == "cuda":
-        raise InputError("There is no CUDA device here (or torch is a CPU build). Use --device cpu.")
-    return "cpu"
-
-
-def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing, folders: bool = True) -> Path:
-    """The folder of a model: None is the bundled one; else a folder, a name of the user's own, or REPO[@revision].
-
-    Args:
-        folders: whether a path counts. A web page says no: its visitors must not look around this machine's disk.
-
-    Raises:
-        ModelError: there is no such model; the message says where was looked.
-    """
-    if not model:
-        return BUNDLED_WEIGHTS
-    own = user_home() / "models" / model
-    try:
-        if folders and Path(model).expanduser().is_dir():
-            return Path(model).expanduser()
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*", model) and own.is_dir():
-            return own
-    except OSError as error:  # longer than any name
-        raise ModelError(f"There is no model {model[:40]!r}: {error.strerror}.") from error
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?", model) and not model.startswith((".", "/")):
-        from model.hub.pull import pull_model
-
-        return pull_model(model, progress, use_token=folders)
-    if not folders:
-        raise ModelError(f"There is no model {model!r}. Type a Hub id (owner/name) or the name of a model of your own.")
-    raise ModelError(
-        f"There is no model {model!r}: no such folder, none of your own in {own.parent}, no Hub id (owner/name)."
-    )
 
 
 class Story:

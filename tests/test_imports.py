@@ -10,6 +10,8 @@ from model.config import CHECKOUT
 FILES = sorted([*CHECKOUT.glob("model/**/*.py"), *CHECKOUT.glob("pages/**/*.py"), CHECKOUT / "app.py"])
 PAGES_MAY = {
     "model.storyteller",
+    "model.find",
+    "model.prompt",
     "model.config",
     "model.errors",
     "model.library",
@@ -33,6 +35,7 @@ FORBIDDEN = {
         ("model/decoder.py", "model/sampling.py", "model/tokenizer.py", "model/checkpoint.py", "model/config.py"),
         ("model.engine", "model.training", "model.evaluation", "model.hub", "model.storyteller", "model.cli"),
     ),
+    "model/find.py": ("model.engine", "model.training", "model.evaluation", "model.storyteller", "model.cli"),
     "model/storyteller.py": ("model.training", "model.evaluation", "model.cli"),
     **dict.fromkeys(
         tuple(f"model/jobs/{name}.py" for name in ("manager", "admission", "launcher", "record", "state", "process")),
@@ -57,6 +60,7 @@ WITHOUT_TORCH = (
     *(f"model/evaluation/{name}.py" for name in ("cloze", "stories", "following", "overlap", "realism", "suite")),
     "model/text.py",
     "model/drafts.py",
+    "model/prompt.py",
     "model/worlds/world.py",
     "model/training/data.py",
     "model/training/ideas.py",

@@ -8,7 +8,7 @@ import pytest
 
 import model.own_models as own
 from model.errors import InputError, ModelError
-from model.storyteller import find_model
+from model.find import find_model
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,9 @@ import pytest
 
 from model.config import SamplingParams
 from model.errors import BusyError, EngineError, InputError, ModelError
-from model.storyteller import Storyteller, find_model, guess_mode, plain_text
+from model.find import find_model
+from model.prompt import guess_mode, plain_text
+from model.storyteller import Storyteller
 
 PARAMS = SamplingParams(max_tokens=20, seed=7)
 

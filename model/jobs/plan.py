@@ -9,10 +9,10 @@ from pathlib import Path
 from model.checkpoint import load_tokenizer, read_config
 from model.config import FineTuneSettings, user_home
 from model.errors import InputError
+from model.find import find_model
 from model.intake import Check, Estimate, Intake, check, estimate
 from model.jobs.record import read_lines, read_request
 from model.jobs.task import read_originals
-from model.storyteller import find_model
 
 # Tokens a second of the bundled storyteller's fine-tune on two shared CPU cores, where nothing was measured yet.
 TYPICAL_SPEED, TYPICAL_PARAMETERS = 3_500, 8.3e6

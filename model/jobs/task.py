@@ -70,7 +70,7 @@ def fine_tune(
     """
     # Threads that spin while they wait take the core from readers (and a shared core from themselves).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from model.storyteller import choose_device, find_model
+    from model.find import choose_device, find_model
     from model.training.finetune import FineTune
 
     job, clock = read_request(folder), Clock(folder / "clock.json")
@@ -129,7 +129,8 @@ def tell_all(
         own_words: without the prompts that were continued, which those are that are no ideas or too long to be.
     """
     from model.engine.cpu_backend import CpuBackend
-    from model.storyteller import Storyteller, plain_text
+    from model.prompt import plain_text
+    from model.storyteller import Storyteller
 
     # Rounded as in the file that readers' stories will be told from.
     weights = {name: weight.detach().half().float().cpu().numpy() for name, weight in decoder.state_dict().items()}

@@ -16,8 +16,10 @@ import streamlit as st
 
 from model.config import SamplingParams
 from model.errors import ModelError, TaleloomError
+from model.find import find_model
 from model.own_models import own_models
-from model.storyteller import Mode, Story, Storyteller, find_model, guess_mode
+from model.prompt import Mode, guess_mode
+from model.storyteller import Story, Storyteller
 from pages.shared.parts import guarded, literally, show_complaint, visible_models, visitor
 
 DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None

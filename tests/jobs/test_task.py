@@ -13,13 +13,14 @@ import torch
 from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model
 from model.config import FineTuneSettings, SamplingParams, TrainingLimits
 from model.errors import InputError, TaleloomError
+from model.find import find_model
 from model.jobs import task
 from model.jobs.launcher import LocalLauncher
 from model.jobs.manager import JobManager
 from model.jobs.record import JobState, read_lines
 from model.jobs.task import fine_tune, free_name, memorised, model_card, tell_all
 from model.own_models import add_model, delete_model, own_model, own_models, rename_model
-from model.storyteller import Storyteller, find_model
+from model.storyteller import Storyteller
 from model.training.data import is_held_out
 from tests.paper import Jobs
 
