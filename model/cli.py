@@ -263,6 +263,12 @@ def build(
 @OUT
 @DATA_ROOT
 @INIT
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    help="A model of the same tokenizer to learn from beside the text, as in --model. May be given several times.",
+)
 @VOCAB_SIZE
 @CONTEXT
 @click.option("--width", type=WHOLE, default=SHAPE.hidden_size)
@@ -301,6 +307,7 @@ def train(
     out: Path,
     data_root: Path | None,
     init: str | None,
+    teachers: tuple[str, ...],
     vocab_size: int,
     context: int,
     width: int,
@@ -362,7 +369,8 @@ def train(
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 
-        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial)
+        folders = [find_model(teacher, _progress) for teacher in teachers]
+        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, folders)
         if rank == 0:
             _progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
         run.run()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model.checkpoint import load_decoder, save_model, write_atomically
+from model.checkpoint import load_decoder, load_tokenizer, save_model, weight_files, write_atomically
 from model.config import ModelConfig, TrainingConfig
 from model.decoder import Decoder
 from model.errors import ModelError, TaleloomError
@@ -45,6 +46,24 @@ def summed_loss(decoder: Decoder, inputs_bt: torch.Tensor, targets_bt: torch.Ten
     with torch.autocast(inputs_bt.device.type, torch.bfloat16):
         logits_btv = decoder(inputs_bt)
     return F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="sum")
+
+
+def distilled_loss(
+    decoder: Decoder, teachers: Sequence[Decoder], share: float, inputs_bt: torch.Tensor, targets_bt: torch.Tensor
+) -> torch.Tensor:
+    """As `summed_loss`, but `share` of it is the cross-entropy to the teachers' mean distribution instead of the text.
+
+    A model that learns from several models of its size, trained on the same text, beats each of them (Hinton et al.
+    2015, section 1; Furlanello et al. 2018 with one teacher): what it is shown are likely words, not one word only.
+    """
+    with torch.autocast(inputs_bt.device.type, torch.bfloat16):
+        logits_btv = decoder(inputs_bt)
+        with torch.no_grad():
+            taught = [teacher(inputs_bt).float().softmax(-1) for teacher in teachers]
+    log_probs_btv = logits_btv.float().log_softmax(-1)
+    hard = F.nll_loss(log_probs_btv.flatten(0, 1), targets_bt.flatten(), reduction="sum")
+    soft_bt = -(sum(taught) / len(teachers) * log_probs_btv).sum(-1)
+    return (1 - share) * hard + share * (soft_bt * (targets_bt >= 0)).sum()
 
 
 def add_gradients(
@@ -113,7 +132,8 @@ class TrainingRun:
     """One run in its folder: checkpoint.safetensors, metrics.jsonl, and the finished model in `model/`.
 
     `report` receives a dict per step: step, steps, loss, lr_scale, tokens_per_second, eta_s and, when evaluated,
-    held_out_bits_per_byte. `initial` is a model folder whose weights the run starts from, instead of random ones.
+    held_out_bits_per_byte. `initial` is a model folder whose weights the run starts from, instead of random ones;
+    `teachers` are model folders to learn from beside the text (see distilled_loss), with the same tokenizer.
     """
 
     def __init__(
@@ -125,6 +145,7 @@ class TrainingRun:
         device: str = "cpu",
         report: Callable[[dict[str, Any]], None] = lambda _: None,
         initial: Path | None = None,
+        teachers: Sequence[Path] = (),
     ):
         self.folder, self.data, self.config, self.report = Path(folder), data, config, report
         self.rank = int(os.environ.get("RANK", 0))
@@ -146,12 +167,23 @@ class TrainingRun:
             raise TaleloomError(f"{initial} has another shape than the model to be trained.")
         self.decoder.to(self.device)
         loss = partial(summed_loss, self.decoder)
+        if teachers:
+            loss = partial(distilled_loss, self.decoder, [self._teacher(t) for t in teachers], config.teacher_share)
+        self._taught_by = [hashlib.sha256(f.read_bytes()).hexdigest() for t in teachers for f in weight_files(t)]
         self._loss: Loss = torch.compile(loss) if config.compile else loss
         self.optimizer = Optimizer(self.decoder, config.muon_lr, config.adamw_lr, config.weight_decay)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
         if not self.n_steps:
             raise TaleloomError(f"The data fills {len(data.rows)} rows, less than one step of {config.rows_per_step}.")
         self.step = 0
+
+    def _teacher(self, folder: Path) -> Decoder:
+        decoder = load_decoder(folder, str(self.device))
+        if load_tokenizer(folder, decoder.config).serialized != self.data.tokenizer.serialized:
+            raise TaleloomError(f"{folder} cannot teach here: it has another tokenizer.")
+        if decoder.config.max_position_embeddings < self.data.context:
+            raise TaleloomError(f"{folder} cannot teach here: its context is shorter than the data's. Use --context.")
+        return decoder.eval().requires_grad_(False)
 
     def run(self) -> Decoder:
         """Train to the end, from the last checkpoint where there is one; returns the decoder, saved in `model/`."""
@@ -229,6 +261,7 @@ class TrainingRun:
             "model": json.dumps(dataclasses.asdict(self.decoder.config)),
             "training": json.dumps(dataclasses.asdict(fixed)),
             "rows": str(self.data.rows.shape),
+            "teachers": json.dumps(self._taught_by),
         }
 
     def _save(self) -> None:

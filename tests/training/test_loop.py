@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from model.checkpoint import load_decoder
-from model.config import TrainingConfig
+from model.config import BUNDLED_WEIGHTS, TrainingConfig
+from model.decoder import Decoder
 from model.errors import ModelError, TaleloomError
 from model.training.data import PreparedData, Source, prepare
-from model.training.loop import TrainingRun
+from model.training.loop import TrainingRun, distilled_loss, summed_loss
 
 CONFIG = TrainingConfig(rows_per_step=4, rows_per_pass=4, warmup_steps=2, eval_every=10, save_every=4)
 
@@ -164,6 +165,47 @@ def test_a_run_goes_on_from_another_model(data, tiny_config, tmp_path):
     with pytest.raises(TaleloomError, match="another shape"):
         other = dataclasses.replace(tiny_config, num_hidden_layers=1)
         TrainingRun(tmp_path / "third", data, other, CONFIG, initial=tmp_path / "first" / "model")
+
+
+def test_the_loss_mixes_the_text_with_what_the_teachers_say(tiny_config):
+    torch.manual_seed(0)
+    student, one, two = (Decoder(tiny_config) for _ in range(3))
+    inputs_bt, targets_bt = (torch.randint(tiny_config.vocab_size, (3, 20)) for _ in range(2))
+    targets_bt[1, 12:] = -100
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_btv = student(inputs_bt).float()
+        taught_btv = (one(inputs_bt).float().softmax(-1) + two(inputs_bt).float().softmax(-1)) / 2
+    expected = torch.nn.functional.cross_entropy(
+        logits_btv[targets_bt >= 0], taught_btv[targets_bt >= 0], reduction="sum"
+    )
+    by_text = summed_loss(student, inputs_bt, targets_bt).item()
+    only, none, half = (distilled_loss(student, [one, two], s, inputs_bt, targets_bt).item() for s in (1.0, 0.0, 0.5))
+    assert only == pytest.approx(expected.item(), rel=1e-5)
+    assert none == pytest.approx(by_text, rel=1e-5)
+    assert half == pytest.approx((only + by_text) / 2, rel=1e-5)
+
+
+def test_it_learns_from_a_teacher(data, tiny_config, tmp_path):
+    """The same steps from the same start, with and without a teacher: with one it agrees more with the teacher."""
+    teacher = TrainingRun(tmp_path / "teacher", data, tiny_config, dataclasses.replace(CONFIG, seed=2)).run()
+    folder = tmp_path / "teacher" / "model"
+    config = dataclasses.replace(CONFIG, max_steps=20)
+    alone = TrainingRun(tmp_path / "alone", data, tiny_config, config).run()
+    taught = TrainingRun(tmp_path / "taught", data, tiny_config, config, teachers=[folder]).run()
+    inputs_bt = torch.from_numpy(data.rows[:8, :-1].astype("int64"))
+    with torch.inference_mode():
+        expected = teacher(inputs_bt).softmax(-1).flatten(0, 1)
+        far, near = (
+            torch.nn.functional.cross_entropy(decoder(inputs_bt).flatten(0, 1), expected) for decoder in (alone, taught)
+        )
+    assert near < far
+    with pytest.raises(ModelError, match=r"other settings \(teachers\)"):
+        TrainingRun(tmp_path / "taught", data, tiny_config, config).run()
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(data, tiny_config, tmp_path):
+    with pytest.raises(TaleloomError, match="another tokenizer"):
+        TrainingRun(tmp_path, data, tiny_config, CONFIG, teachers=[BUNDLED_WEIGHTS])
 
 
 def test_too_little_data_says_so(data, tiny_config, tmp_path):
