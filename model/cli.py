@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from model.cli_jobs import finetune, jobs
-from model.config import CHECKOUT, ModelConfig, SamplingParams, TrainingConfig
+from model.cli_shared import DEVICE, FILE, JSON, MODEL, WHOLE, progress
+from model.cli_train import data, train
+from model.config import CHECKOUT, SamplingParams
 from model.drafts import N_DRAFTS
 from model.errors import InputError, TaleloomError
 
 DEFAULTS = SamplingParams()
-SHAPE = ModelConfig()
-WHOLE = click.IntRange(min=1)
-POSITIVE = click.FloatRange(min=0, min_open=True)
-FILE = click.Path(path_type=Path)
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-MODEL = click.option("--model", help="A folder, a Hub id (REPO[@revision]) or a name of your own. Default: bundled.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 class Commands(click.Group):
@@ -45,12 +38,6 @@ class Commands(click.Group):
 @click.version_option(package_name="taleloom")
 def main() -> None:
     """Taleloom: a small storyteller."""
-
-
-def _progress(message: str) -> None:
-    """Say on standard error, when somebody is watching, what takes a moment."""
-    if sys.stderr.isatty():
-        click.echo(message, err=True)
 
 
 @main.command()
@@ -86,7 +73,7 @@ def tell(
     from model.storyteller import Storyteller
 
     params = SamplingParams(**settings)
-    with Storyteller.load(model, device=device, progress=_progress) as storyteller:
+    with Storyteller.load(model, device=device, progress=progress) as storyteller:
         story = storyteller.tell(prompt, params, mode=mode, n_drafts=drafts)
         if story.mode == "opening" and not as_json:
             click.echo(story.prompt, nl=False)
@@ -97,7 +84,7 @@ def tell(
             click.echo(json.dumps(story.summary()))
         else:
             click.echo()
-            _progress(f"[{story.n_tokens} tokens, {story.tokens_per_second:.0f} a second, seed {story.params.seed}]")
+            progress(f"[{story.n_tokens} tokens, {story.tokens_per_second:.0f} a second, seed {story.params.seed}]")
         if story.error:
             raise TaleloomError(story.error)
 
@@ -146,7 +133,7 @@ def evaluate(
             corpus=corpus,
             real=real,
             n_openings=openings,
-            report=_progress,
+            report=progress,
             progress=lambda done, total: bar.update(100 * done // total - bar.pos),
         )
     if only_bits:
@@ -170,214 +157,6 @@ def evaluate(
         click.echo(f"The evaluation is in {out}", err=True)
 
 
-def _prepare_data(
-    folder: Path,
-    datasets: tuple[str, ...],
-    data_root: Path | None,
-    initial: Path | None,
-    context: int,
-    vocab_size: int,
-    seed: int,
-    validation: tuple[Path, ...] = (),
-) -> None:
-    """Prepare training data in `folder`, unless it is there already from the same order."""
-    from model.checkpoint import load_tokenizer, read_config
-    from model.hub.pull import pull_dataset
-    from model.training.data import prepare, read_rows, resolve_sources
-
-    asked = {"datasets": list(datasets), "context": context, "vocab_size": vocab_size, "seed": seed}
-    if initial:
-        asked["init"] = str(initial)
-    if not (folder / "data.json").is_file():
-        click.echo("Preparing the data ...", err=True)
-        sources = resolve_sources(datasets, lambda repo: pull_dataset(repo, partial(click.echo, err=True)), data_root)
-        tokenizer = load_tokenizer(initial, read_config(initial)) if initial else None
-        texts = {path.name: [row["text"] for row in read_rows(path)] for path in validation}
-        summary = prepare(sources, folder, context, vocab_size, tokenizer, seed, asked, texts)
-        click.echo(json.dumps(summary, indent=2), err=True)
-    elif json.loads((folder / "data.json").read_text()).get("asked") != asked:
-        raise InputError(f"{folder} was prepared from other data or settings. Choose another --out, or delete it.")
-
-
-DATASETS = click.option(
-    "--dataset",
-    "datasets",
-    multiple=True,
-    required=True,
-    help="A JSONL, TXT or Parquet file, a Hub data set id, or a TOML recipe. May be given several times.",
-)
-OUT = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; resumes what it holds."
-)
-DATA_ROOT = click.option(
-    "--data-root", type=click.Path(path_type=Path), help="Where a recipe's files lie. Default: beside it."
-)
-INIT = click.option("--init", help="A model to go on from, as in --model; its shape and tokenizer count.")
-VOCAB_SIZE = click.option("--vocab-size", type=WHOLE, default=SHAPE.vocab_size)
-CONTEXT = click.option(
-    "--context", type=WHOLE, default=SHAPE.max_position_embeddings, help="Longest sequence, in tokens."
-)
-
-
-@main.group()
-def data() -> None:
-    """Training data."""
-
-
-@data.command()
-@DATASETS
-@OUT
-@DATA_ROOT
-@INIT
-@VOCAB_SIZE
-@CONTEXT
-@click.option("--seed", default=1)
-@click.option(
-    "--validation",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Text that must not be trained on: what the corpus holds of it is counted. May be given several times.",
-)
-def build(
-    datasets: tuple[str, ...],
-    out: Path,
-    data_root: Path | None,
-    init: str | None,
-    vocab_size: int,
-    context: int,
-    seed: int,
-    validation: tuple[Path, ...],
-) -> None:
-    """Prepare a corpus for `taleloom train --out OUT` with the same options; print counts and contamination."""
-    from model.checkpoint import read_config
-    from model.find import find_model
-
-    initial = find_model(init, _progress) if init else None
-    if initial:
-        context = min(context, read_config(initial).max_position_embeddings)
-    _prepare_data(out / "data", datasets, data_root, initial, context, vocab_size, seed, validation)
-
-
-@main.command()
-@DATASETS
-@OUT
-@DATA_ROOT
-@INIT
-@click.option(
-    "--teacher",
-    "teachers",
-    multiple=True,
-    help="A model of the same tokenizer to learn from beside the text, as in --model. May be given several times.",
-)
-@VOCAB_SIZE
-@CONTEXT
-@click.option("--width", type=WHOLE, default=SHAPE.hidden_size)
-@click.option("--layers", type=WHOLE, default=SHAPE.num_hidden_layers)
-@click.option("--heads", type=WHOLE, default=SHAPE.num_attention_heads)
-@click.option("--kv-heads", type=WHOLE, default=SHAPE.num_key_value_heads)
-@click.option("--mlp-width", type=WHOLE, default=SHAPE.intermediate_size)
-@click.option(
-    "--rows-per-step",
-    type=WHOLE,
-    default=TrainingConfig.rows_per_step,
-    help="Sequences behind one optimizer step.",
-)
-@click.option(
-    "--rows-per-pass",
-    type=WHOLE,
-    default=TrainingConfig.rows_per_pass,
-    help="Sequences in memory at once.",
-)
-@click.option("--muon-lr", type=POSITIVE, default=TrainingConfig.muon_lr)
-@click.option("--adamw-lr", type=POSITIVE, default=TrainingConfig.adamw_lr)
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=TrainingConfig.weight_decay)
-@click.option(
-    "--decay-fraction",
-    type=click.FloatRange(0, 1),
-    default=TrainingConfig.decay_fraction,
-    help="Last part of the run, in which the learning rates fall to zero.",
-)
-@click.option("--save-every", type=WHOLE, default=TrainingConfig.save_every, help="Steps between checkpoints.")
-@click.option("--max-steps", type=WHOLE, help="Stop earlier than the end of the data.")
-@click.option("--seed", default=1)
-@click.option("--compile", is_flag=True, help="Compile the decoder first: a minute, then a third faster. Needs g++.")
-@DEVICE
-def train(
-    datasets: tuple[str, ...],
-    out: Path,
-    data_root: Path | None,
-    init: str | None,
-    teachers: tuple[str, ...],
-    vocab_size: int,
-    context: int,
-    width: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    mlp_width: int,
-    rows_per_step: int,
-    rows_per_pass: int,
-    device: str,
-    **settings: Any,
-) -> None:
-    """Train a storyteller, from the beginning or from another; run it again to go on after an interruption.
-
-    With several GPUs: torchrun --nproc-per-node N -m model.cli train ...
-    """
-    from model.checkpoint import read_config
-    from model.find import choose_device, find_model
-    from model.training.data import PreparedData
-    from model.training.loop import TrainingRun
-
-    if width % heads:
-        raise InputError(f"--heads {heads} does not divide --width {width}.")
-    initial = find_model(init, _progress) if init else None
-    model_config = read_config(initial) if initial else None
-    if model_config:
-        context = min(context, model_config.max_position_embeddings)
-    rank = int(os.environ.get("RANK", 0))
-    data_folder = out / "data"
-    while rank > 0 and not (data_folder / "data.json").is_file():
-        time.sleep(1)  # process 0 prepares; data.json is the last file it writes
-    _prepare_data(data_folder, datasets, data_root, initial, context, vocab_size, settings["seed"])
-    data = PreparedData.open(data_folder)
-    try:
-        model_config = model_config or ModelConfig(
-            vocab_size=data.tokenizer.vocab_size,
-            hidden_size=width,
-            intermediate_size=mlp_width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=width // heads,
-            max_position_embeddings=data.context,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    config = TrainingConfig(rows_per_step=rows_per_step, rows_per_pass=rows_per_pass, **settings)
-
-    watched = rank == 0 and sys.stderr.isatty()
-    with click.progressbar(length=1, file=sys.stderr, hidden=not watched, item_show_func=lambda text: text) as bar:
-
-        def report(record: dict[str, Any]) -> None:
-            bar.length = record["steps"]
-            line = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tok/s"
-            bar.update(record["step"] - bar.pos, line)
-            if not watched and (record["step"] % 50 == 0 or "held_out_bits_per_byte" in record):
-                score = record.get("held_out_bits_per_byte")
-                shown = f", held-out {score:.4f} bits per byte" if score else ""
-                eta = f"{record['eta_s'] / 60:.0f} min left"
-                click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
-
-        folders = [find_model(teacher, _progress) for teacher in teachers]
-        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, folders)
-        if rank == 0:
-            _progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
-        run.run()
-    if rank == 0:
-        click.echo(f"The storyteller is in {out / 'model'}: taleloom tell 'a shy dragon' --model {out / 'model'}")
-
-
 @main.command()
 @MODEL
 @DEVICE
@@ -387,7 +166,7 @@ def bench(model: str | None, device: str, peers: bool, as_json: bool) -> None:
     """Measure how fast stories are written on this machine."""
     from model.bench import bench as measure
 
-    results = measure(model, device, peers, _progress)
+    results = measure(model, device, peers, progress)
     if as_json:
         click.echo(json.dumps(results))
         return
@@ -409,7 +188,7 @@ def export(model: str | None, form: str, out: Path, kind: str | None) -> None:
 
     if form == "hf" and kind:
         raise InputError("--type is for --format gguf; a folder keeps the weights as they are.")
-    folder = find_model(model, _progress)
+    folder = find_model(model, progress)
     if form == "gguf":
         export_gguf(folder, out, kind or "f16")
     else:
@@ -447,7 +226,7 @@ def expand(n: int, seed: int, out: Path | None, names: tuple[str, ...], folder: 
         for line in lines:
             click.echo(line)
     if len(lines) < n:
-        _progress(f"The worlds have only {len(lines):,} different stories to tell.")
+        progress(f"The worlds have only {len(lines):,} different stories to tell.")
 
 
 @worlds.command()
@@ -490,6 +269,8 @@ def app(port: int, address: str, model: str | None, device: str) -> None:
     os.execve(sys.executable, [*command, "--server.address", address], environment)
 
 
+main.add_command(data)
+main.add_command(train)
 main.add_command(finetune)
 main.add_command(jobs)
 

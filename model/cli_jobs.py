@@ -13,13 +13,13 @@ from typing import Any
 
 import click
 
+from model.cli_shared import JSON
 from model.config import FINE_TUNE_PRESETS, LORA_TARGETS
 from model.errors import InputError, TaleloomError
 from model.jobs.manager import JobManager
 from model.jobs.record import Job, JobState
 
 POLL_S = 0.5
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 # Settings that have an option of their own; None leaves the preset's.
 OPTIONS: dict[str, Any] = {
     "method": click.Choice(["full", "lora"]),
