@@ -12,13 +12,14 @@ from typing import Any, Literal
 import click
 
 from model.cli_jobs import finetune, jobs
-from model.cli_shared import DEVICE, FILE, JSON, MODEL, WHOLE, progress
+from model.cli_shared import DEVICE, FILE, JSON, WHOLE, progress
 from model.cli_train import data, train
 from model.config import CHECKOUT, SamplingParams
 from model.drafts import N_DRAFTS
 from model.errors import InputError, TaleloomError
 
 DEFAULTS = SamplingParams()
+MODEL = click.option("--model", help="A folder, a Hub id (REPO[@revision]) or a name of your own. Default: bundled.")
 
 
 class Commands(click.Group):

@@ -8,10 +8,8 @@ from pathlib import Path
 import click
 
 WHOLE = click.IntRange(min=1)
-POSITIVE = click.FloatRange(min=0, min_open=True)
 FILE = click.Path(path_type=Path)
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-MODEL = click.option("--model", help="A folder, a Hub id (REPO[@revision]) or a name of your own. Default: bundled.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

@@ -13,35 +13,36 @@ from typing import Any
 
 import click
 
-from model.cli_shared import DEVICE, POSITIVE, WHOLE, progress
+from model.cli_shared import DEVICE, FILE, WHOLE, progress
 from model.config import ModelConfig, TrainingConfig
 from model.errors import InputError
 
 SHAPE = ModelConfig()
+POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def _prepare_data(
     folder: Path,
     datasets: tuple[str, ...],
     data_root: Path | None,
-    initial: Path | None,
+    other: Path | None,
     context: int,
     vocab_size: int,
     seed: int,
     validation: tuple[Path, ...] = (),
 ) -> None:
-    """Prepare training data in `folder`, unless it is there already from the same order."""
+    """Prepare training data in `folder`, unless it is there from the same order; with another model's tokenizer."""
     from model.checkpoint import load_tokenizer, read_config
     from model.hub.pull import pull_dataset
     from model.training.data import prepare, read_rows, resolve_sources
 
     asked = {"datasets": list(datasets), "context": context, "vocab_size": vocab_size, "seed": seed}
-    if initial:
-        asked["init"] = str(initial)
+    if other:
+        asked["init"] = str(other)
     if not (folder / "data.json").is_file():
         click.echo("Preparing the data ...", err=True)
         sources = resolve_sources(datasets, lambda repo: pull_dataset(repo, partial(click.echo, err=True)), data_root)
-        tokenizer = load_tokenizer(initial, read_config(initial)) if initial else None
+        tokenizer = load_tokenizer(other, read_config(other)) if other else None
         texts = {path.name: [row["text"] for row in read_rows(path)] for path in validation}
         summary = prepare(sources, folder, context, vocab_size, tokenizer, seed, asked, texts)
         click.echo(json.dumps(summary, indent=2), err=True)
@@ -56,12 +57,8 @@ DATASETS = click.option(
     required=True,
     help="A JSONL, TXT or Parquet file, a Hub data set id, or a TOML recipe. May be given several times.",
 )
-OUT = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; resumes what it holds."
-)
-DATA_ROOT = click.option(
-    "--data-root", type=click.Path(path_type=Path), help="Where a recipe's files lie. Default: beside it."
-)
+OUT = click.option("--out", required=True, type=FILE, help="Folder of the run; resumes what it holds.")
+DATA_ROOT = click.option("--data-root", type=FILE, help="Where a recipe's files lie. Default: beside it.")
 INIT = click.option("--init", help="A model to go on from, as in --model; its shape and tokenizer count.")
 VOCAB_SIZE = click.option("--vocab-size", type=WHOLE, default=SHAPE.vocab_size)
 CONTEXT = click.option(
@@ -85,7 +82,7 @@ def data() -> None:
 @click.option(
     "--validation",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Text that must not be trained on: what the corpus holds of it is counted. May be given several times.",
 )
 def build(
@@ -117,7 +114,7 @@ def build(
     "--teacher",
     "teachers",
     multiple=True,
-    help="A model of the same tokenizer to learn from beside the text, as in --model. May be given several times.",
+    help="A model, as in --model, whose word is half of the loss; its tokenizer is used. May be given several times.",
 )
 @VOCAB_SIZE
 @CONTEXT
@@ -182,14 +179,15 @@ def train(
     if width % heads:
         raise InputError(f"--heads {heads} does not divide --width {width}.")
     initial = find_model(init, progress) if init else None
+    taught_by = [find_model(teacher, progress) for teacher in teachers]
+    others = [initial, *taught_by] if initial else taught_by
+    context = min([context, *(read_config(other).max_position_embeddings for other in others)])
     model_config = read_config(initial) if initial else None
-    if model_config:
-        context = min(context, model_config.max_position_embeddings)
     rank = int(os.environ.get("RANK", 0))
     data_folder = out / "data"
     while rank > 0 and not (data_folder / "data.json").is_file():
         time.sleep(1)  # process 0 prepares; data.json is the last file it writes
-    _prepare_data(data_folder, datasets, data_root, initial, context, vocab_size, settings["seed"])
+    _prepare_data(data_folder, datasets, data_root, next(iter(others), None), context, vocab_size, settings["seed"])
     data = PreparedData.open(data_folder)
     try:
         model_config = model_config or ModelConfig(
@@ -219,8 +217,7 @@ def train(
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 
-        folders = [find_model(teacher, progress) for teacher in teachers]
-        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, folders)
+        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, taught_by)
         if rank == 0:
             progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
         run.run()

@@ -212,7 +212,6 @@ class TrainingConfig:
     max_steps: int | None = None  # None reads the prepared data once, in its order
     eval_every: int = 200
     save_every: int = 100
-    teacher_share: float = 0.5  # of the loss, where there are teachers: what they say instead of the text
     compile: bool = False  # torch.compile the step: a minute at the start, then a third faster on a CPU
 
     def lr_scale(self, step: int, n_steps: int) -> float:

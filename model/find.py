@@ -12,7 +12,7 @@ from model.errors import InputError, ModelError
 CUDA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "C:/Windows/System32/nvcuda.dll")
 
 
-def _say_nothing(_: str) -> None:
+def say_nothing(_: str) -> None:
     pass
 
 
@@ -37,7 +37,7 @@ def choose_device(device: str = "auto") -> str:
     return "cpu"
 
 
-def find_model(model: str | None, progress: Callable[[str], None] = _say_nothing, folders: bool = True) -> Path:
+def find_model(model: str | None, progress: Callable[[str], None] = say_nothing, folders: bool = True) -> Path:
     """The folder of a model: None is the bundled one; else a folder, a name of the user's own, or REPO[@revision].
 
     Args:

@@ -21,7 +21,7 @@ from model.config import ModelConfig, SamplingParams
 from model.drafts import N_DRAFTS, score
 from model.engine.request import FinishReason, Request
 from model.errors import BusyError, InputError, TaleloomError
-from model.find import choose_device, find_model
+from model.find import choose_device, find_model, say_nothing
 from model.prompt import Mode, guess_mode, plain_text
 from model.tokenizer import Tokenizer
 
@@ -31,10 +31,6 @@ N_SLOTS = 64  # stories written at the same time
 DRAFTING_S = 0.5  # at most, before a story begins
 DRAFT_S_PER_WEIGHT, USUAL_TOKENS = 1e-11, 320  # for each token, in a batch, on one CPU core
 N_REMEMBERED = 500  # stories that can be found again by their id
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _ignore_token(_: int) -> None:
@@ -264,7 +260,7 @@ class Storyteller:
         model: str | None = None,
         device: str = "auto",
         n_slots: int = N_SLOTS,
-        progress: Callable[[str], None] = _say_nothing,
+        progress: Callable[[str], None] = say_nothing,
         folders: bool = True,
     ) -> Storyteller:
         """Open a storyteller: None for the bundled one, a folder, a Hub id (REPO[@revision]) or a name of one's own.

@@ -10,9 +10,7 @@ from dataclasses import replace
 import pytest
 
 from model.config import SamplingParams
-from model.errors import BusyError, EngineError, InputError, ModelError
-from model.find import find_model
-from model.prompt import guess_mode, plain_text
+from model.errors import BusyError, EngineError, InputError
 from model.storyteller import Storyteller
 
 PARAMS = SamplingParams(max_tokens=20, seed=7)
@@ -197,39 +195,6 @@ def test_temperature_zero_needs_no_luck(storyteller):
         story.wait(30)
         texts.add(story.text)
     assert len(texts) == 1
-
-
-def test_typographic_quotes_read_as_plain_ones():
-    assert plain_text("“Oh!” — it’s…\r\n\r\nBen") == '"Oh!" - it\'s...\nBen'
-
-
-@pytest.mark.parametrize(
-    ("prompt", "mode"),
-    [
-        ("a dragon who is afraid of fire", "idea"),
-        ("A dragon who is afraid of fire", "idea"),
-        ("Tell me a story about a pirate.", "idea"),
-        ("Use the words: kite, moon, string", "idea"),
-        ("friends", "idea"),
-        ("Once upon a time, a fox found", "opening"),
-        ("There was a tall box in the kitchen.", "opening"),
-        ('"There is a pancake on the ceiling," said Nadia', "opening"),
-        ("The old swing tasted like honey.", "opening"),
-        ("Mia ran. She did not look back", "opening"),
-    ],
-)
-def test_ideas_and_openings_are_told_apart(prompt, mode):
-    assert guess_mode(prompt) == mode
-
-
-def test_an_unknown_model_says_where_was_looked(monkeypatch, tmp_path):
-    monkeypatch.setenv("TALELOOM_HOME", str(tmp_path))
-    with pytest.raises(ModelError, match="no model 'nobody'"):
-        find_model("nobody")
-    (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert find_model("mine") == tmp_path / "models" / "mine"
-    with pytest.raises(ModelError):
-        find_model("../mine/../../etc")
 
 
 def test_who_waits_while_a_story_cannot_be_continued_is_not_left_waiting(tiny_model, monkeypatch):

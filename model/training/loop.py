@@ -33,6 +33,7 @@ from model.training.data import PreparedData
 from model.training.optimizer import Optimizer
 
 N_HELD_OUT = 100  # stories scored at each evaluation
+TEACHER_SHARE = 0.5  # of the loss, where there are teachers: what they say instead of the text
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -53,8 +54,8 @@ def distilled_loss(
 ) -> torch.Tensor:
     """As `summed_loss`, but `share` of it is the cross-entropy to the teachers' mean distribution instead of the text.
 
-    A model that learns from several models of its size, trained on the same text, beats each of them (Hinton et al.
-    2015, section 1; Furlanello et al. 2018 with one teacher): what it is shown are likely words, not one word only.
+    Knowledge distillation (Hinton et al. 2015, section 2, at temperature 1): the pupil is shown all likely words
+    instead of one, and can get better than its teachers where text is short (docs/training.md has figures).
     """
     with torch.autocast(inputs_bt.device.type, torch.bfloat16):
         logits_btv = decoder(inputs_bt)
@@ -104,7 +105,8 @@ def load_checkpoint(path: Path, decoder: Decoder, optimizer: Optimizer, identity
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}). Delete it to start again.") from error
-    changed = [name for name, value in identity.items() if metadata.get(name) != value]
+    # A checkpoint from before there were teachers had none.
+    changed = [name for name, value in identity.items() if metadata.get(name, "[]") != value]
     if changed:
         raise ModelError(
             f"{path.parent} holds a run with other settings ({', '.join(changed)}). Choose another folder."
@@ -133,7 +135,8 @@ class TrainingRun:
 
     `report` receives a dict per step: step, steps, loss, lr_scale, tokens_per_second, eta_s and, when evaluated,
     held_out_bits_per_byte. `initial` is a model folder whose weights the run starts from, instead of random ones;
-    `teachers` are model folders to learn from beside the text (see distilled_loss), with the same tokenizer.
+    `teachers` are model folders to learn from beside the text, with the same tokenizer; the loss is then a mixture (see
+    distilled_loss) and does not compare with a run's without them.
     """
 
     def __init__(
@@ -168,8 +171,8 @@ class TrainingRun:
         self.decoder.to(self.device)
         loss = partial(summed_loss, self.decoder)
         if teachers:
-            loss = partial(distilled_loss, self.decoder, [self._teacher(t) for t in teachers], config.teacher_share)
-        self._taught_by = [hashlib.sha256(f.read_bytes()).hexdigest() for t in teachers for f in weight_files(t)]
+            loss = partial(distilled_loss, self.decoder, [self._teacher(t) for t in teachers], TEACHER_SHARE)
+        self._taught_by = sorted(hashlib.sha256(f.read_bytes()).hexdigest() for t in teachers for f in weight_files(t))
         self._loss: Loss = torch.compile(loss) if config.compile else loss
         self.optimizer = Optimizer(self.decoder, config.muon_lr, config.adamw_lr, config.weight_decay)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
@@ -180,9 +183,11 @@ class TrainingRun:
     def _teacher(self, folder: Path) -> Decoder:
         decoder = load_decoder(folder, str(self.device))
         if load_tokenizer(folder, decoder.config).serialized != self.data.tokenizer.serialized:
-            raise TaleloomError(f"{folder} cannot teach here: it has another tokenizer.")
+            raise TaleloomError(f"{folder} cannot teach here: its tokenizer is not the one that the data is made with.")
+        if decoder.config.vocab_size != self.decoder.config.vocab_size:
+            raise TaleloomError(f"{folder} cannot teach here: its vocabulary has another size than the pupil's.")
         if decoder.config.max_position_embeddings < self.data.context:
-            raise TaleloomError(f"{folder} cannot teach here: its context is shorter than the data's. Use --context.")
+            raise TaleloomError(f"{folder} cannot teach here: its context is shorter than the data's.")
         return decoder.eval().requires_grad_(False)
 
     def run(self) -> Decoder:

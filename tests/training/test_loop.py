@@ -170,6 +170,9 @@ def test_a_run_goes_on_from_another_model(data, tiny_config, tmp_path):
 def test_the_loss_mixes_the_text_with_what_the_teachers_say(tiny_config):
     torch.manual_seed(0)
     student, one, two = (Decoder(tiny_config) for _ in range(3))
+    with torch.no_grad():  # fresh ones find all words about as likely, which any mean would be
+        for parameter in (p for decoder in (student, one, two) for p in decoder.parameters() if p.dim() == 2):
+            parameter *= 30
     inputs_bt, targets_bt = (torch.randint(tiny_config.vocab_size, (3, 20)) for _ in range(2))
     targets_bt[1, 12:] = -100
     with torch.autocast("cpu", torch.bfloat16):
@@ -183,6 +186,7 @@ def test_the_loss_mixes_the_text_with_what_the_teachers_say(tiny_config):
     assert only == pytest.approx(expected.item(), rel=1e-5)
     assert none == pytest.approx(by_text, rel=1e-5)
     assert half == pytest.approx((only + by_text) / 2, rel=1e-5)
+    assert distilled_loss(student, [one], 1.0, inputs_bt, targets_bt).item() != pytest.approx(only, rel=1e-2)
 
 
 def test_it_learns_from_a_teacher(data, tiny_config, tmp_path):
@@ -199,13 +203,25 @@ def test_it_learns_from_a_teacher(data, tiny_config, tmp_path):
             torch.nn.functional.cross_entropy(decoder(inputs_bt).flatten(0, 1), expected) for decoder in (alone, taught)
         )
     assert near < far
+    again = TrainingRun(tmp_path / "taught", data, tiny_config, config, teachers=[folder])
+    again.run()
+    assert again.step == 20 and len(losses(tmp_path / "taught")) == 20, "it was finished, and nothing is learned anew"
     with pytest.raises(ModelError, match=r"other settings \(teachers\)"):
         TrainingRun(tmp_path / "taught", data, tiny_config, config).run()
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(data, tiny_config, tmp_path):
-    with pytest.raises(TaleloomError, match="another tokenizer"):
+    with pytest.raises(TaleloomError, match="its tokenizer is not the one"):
         TrainingRun(tmp_path, data, tiny_config, CONFIG, teachers=[BUNDLED_WEIGHTS])
+
+
+def test_the_command_takes_its_tokenizer_from_a_teacher(jsonl, tmp_path):
+    options = ["--teacher", str(BUNDLED_WEIGHTS), "--max-steps", "1"]
+    command = [sys.executable, *train_command(jsonl, tmp_path / "run"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    learned = (tmp_path / "run" / "model" / "tokenizer.model").read_bytes()
+    assert learned == (BUNDLED_WEIGHTS / "tokenizer.model").read_bytes()
 
 
 def test_too_little_data_says_so(data, tiny_config, tmp_path):
