@@ -49,6 +49,7 @@ IDEA_SHARE = 0.7
 ADAMW_SHARE = 1 / 3  # of the learning rate: for embeddings and gains, beside Muon
 LORA_SHARE = 4.0  # of the learning rate: for LoRA's matrices, which begin at zero
 MAX_GRAD_NORM = 1.0
+N_REPLAYED = 4_000  # original stories to draw from: all are tokenised before the first step
 N_SCORED = 100  # stories of each kind at an evaluation
 SAVE_EVERY_S = 30.0
 
@@ -130,6 +131,7 @@ class FineTune:
         if not own:
             raise InputError("There is no story to train on. Give at least one.")
         replayed = [row for row in originals if row["split"] == "train"]
+        replayed = replayed[:: math.ceil(len(replayed) / N_REPLAYED) or 1]
         self._scored = {"own": [r["text"] for r in rows if r["split"] == "test"][:N_SCORED]}
         self._scored["own_train"] = [row["text"] for row in own[:: max(1, len(own) // 20)]][:20]
         self._scored["original"] = [row["text"] for row in originals if row["split"] == "test"][:N_SCORED]
