@@ -32,7 +32,7 @@ def text_of(page: Page) -> str:
 def wait_for_growth(page: Page, beyond: str, by: int = 10) -> str:
     """The text once it has grown by some characters."""
     long_enough = "([css, n]) => [...document.querySelectorAll(css)].map(p => p.innerText).join(' ').length > n"
-    page.wait_for_function(long_enough, arg=[TEXT, len(beyond) + by])
+    page.wait_for_function(long_enough, arg=[TEXT, len(beyond) + by], timeout=60_000)
     return text_of(page)
 
 
