@@ -20,7 +20,7 @@ from model.find import find_model
 from model.own_models import own_models
 from model.prompt import Mode, guess_mode
 from model.storyteller import Story, Storyteller
-from pages.shared.parts import guarded, literally, show_complaint, visible_models, visitor
+from pages.shared.parts import guarded, literally, show_complaint, show_polled, visible_models, visitor
 
 DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None
 DEVICE = os.environ.get("TALELOOM_DEVICE", "auto")
@@ -267,6 +267,7 @@ def show_form(knows_ideas: bool) -> None:
                 st.segmented_control(
                     "Read it as",
                     list(WAYS),
+                    default="Auto",
                     key="way",
                     required=True,
                     help="An idea becomes a story of its own; an opening is continued word for word. "
@@ -286,33 +287,58 @@ def show_examples(knows_ideas: bool) -> None:
 
 
 def show_settings() -> None:
+    # Each widget has its default from here, not from the session: when the first click interrupts the page's first run,
+    # the browser never hears of a value set there, sends the widget's own default, and that is its minimum or off.
     with st.container(key="settings"):
         left, right = st.columns(2, gap="medium")
     left.select_slider(
-        "Length", list(LENGTHS), key="length", format_func=lambda length: LENGTHS[length], help="The most it may write."
+        "Length",
+        list(LENGTHS),
+        DEFAULTS.max_tokens,
+        key="length",
+        format_func=lambda length: LENGTHS[length],
+        help="The most it may write.",
     )
     right.slider(
         "Creativity",
         0.0,
         1.5,
+        DEFAULTS.temperature,
         step=0.05,
         key="temperature",
         help="The sampling temperature: low keeps to the likeliest words, high takes chances.",
     )
     with st.expander("Finer settings", icon=":material/tune:", type="compact"):
         left, right = st.columns(2)
-        left.number_input("Top-k", 0, 100_000, key="top_k", help="Choose among the k likeliest tokens; 0 is all.")
-        right.number_input("Top-p", 0.01, 1.0, step=0.01, key="top_p", help="The likeliest tokens up to this share.")
-        left, right = st.columns(2)  # a second pair: on a phone they stand in the order they are read
         left.number_input(
-            "Min-p", 0.0, 1.0, step=0.01, key="min_p", help="Leave out tokens below this share of the likeliest."
+            "Top-k", 0, 100_000, DEFAULTS.top_k, key="top_k", help="Choose among the k likeliest tokens; 0 is all."
         )
         right.number_input(
-            "Repetition penalty", 0.1, 10.0, step=0.05, key="repetition_penalty", help="Above 1 avoids said words."
+            "Top-p", 0.01, 1.0, DEFAULTS.top_p, 0.01, key="top_p", help="The likeliest tokens up to this share."
+        )
+        left, right = st.columns(2)  # a second pair: on a phone they stand in the order they are read
+        left.number_input(
+            "Min-p",
+            0.0,
+            1.0,
+            DEFAULTS.min_p,
+            0.01,
+            key="min_p",
+            help="Leave out tokens below this share of the likeliest.",
+        )
+        right.number_input(
+            "Repetition penalty",
+            0.1,
+            10.0,
+            DEFAULTS.repetition_penalty,
+            0.05,
+            key="repetition_penalty",
+            help="Above 1 avoids said words.",
         )
         left, right = st.columns(2, vertical_alignment="bottom")
         right.toggle(
             "At a pace to read along",
+            value=True,
             key="read_along",
             help="Off, the words appear as fast as the storyteller writes them.",
         )
@@ -320,6 +346,7 @@ def show_settings() -> None:
             "Seed",
             0,
             2**53 - 1,  # what JavaScript can count to
+            None,
             key="seed",
             placeholder="a new one each time",
             help="The same seed tells the same story again.",
@@ -401,10 +428,7 @@ def show_endings(story: Story) -> None:
         st.button("New story", type="tertiary", icon=":material/add:", on_click=begin_anew)
 
 
-defaults = {"model": None, "prompt": "", "way": "Auto", "length": DEFAULTS.max_tokens, "read_along": True}
-defaults["seed"] = None
-for name, value in {**defaults, **{name: getattr(DEFAULTS, name) for name in SETTINGS}}.items():
-    st.session_state.setdefault(name, value)
+st.session_state.setdefault("model", None)
 
 story = current_story()
 show_header()
@@ -422,7 +446,7 @@ if story is None:
 show_settings()
 if story is not None:
     is_running = not story.is_done
-    st.fragment(show_story, run_every=POLL_S if is_running else None)(story, is_running)
+    show_polled(show_story, POLL_S if is_running else None, story, is_running)
     if is_running:
         with st.container(horizontal=True, horizontal_alignment="right", key="stopping"):
             st.button("Stop", icon=":material/stop_circle:", on_click=stop, args=(story,))

@@ -47,6 +47,17 @@ def show_complaint() -> None:
         st.error(literally(st.session_state.pop("complaint")))
 
 
+def show_polled(show: Callable[..., None], every_s: float | None, *args: Any) -> None:
+    """Draw a part of the page, and that part alone every so many seconds; None: just once.
+
+    It gets a container of its own. When such a redrawing follows a run of the whole page at once, Streamlit drops what
+    that run had sent of the part, the browser removes it as stale, what stands below it moves up one place, and the
+    part then overwrites the first of that.
+    """
+    with st.container():
+        st.fragment(show, run_every=every_s)(*args)
+
+
 def visitor() -> str:
     """A key that stays the same over reloads and tabs: the token behind Streamlit's XSRF cookie, else the session."""
     # The server masks the token anew for every response (2|mask|masked token|time): unmask it or it never repeats.

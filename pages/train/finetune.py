@@ -28,6 +28,7 @@ from pages.shared.parts import (
     is_ones_own_machine,
     literally,
     manager,
+    show_polled,
     signed_in,
     visible_models,
 )
@@ -59,7 +60,7 @@ def read_stories() -> Intake | None:
     """What is to be learned, from the place chosen; None while there is nothing yet."""
     most_mb = manager().limits.max_upload_mb
     limits = Limits(max_bytes=most_mb * 10**6)
-    place = st.segmented_control("Your stories", [SAMPLE, FILE, PASTE, HUB], key="place", required=True)
+    place = st.segmented_control("Your stories", [SAMPLE, FILE, PASTE, HUB], default=SAMPLE, key="place", required=True)
     if place == SAMPLE:
         st.caption(
             "Forty-four entries of a pirate captain's log, a style the storyteller has never seen. "
@@ -212,7 +213,13 @@ def base_name(model: str | None) -> str:
 
 def choose_preset() -> FineTuneSettings | None:
     preset = st.segmented_control(
-        "How long", list(PRESETS), key="preset", required=True, format_func=PRESETS.__getitem__, help=PRESET_HELP
+        "How long",
+        list(PRESETS),
+        default="quick",
+        key="preset",
+        required=True,
+        format_func=PRESETS.__getitem__,
+        help=PRESET_HELP,
     )
     with st.expander("For experts", icon=":material/tune:"):
         return choose_settings(FINE_TUNE_PRESETS[cast(str, preset)], cast(str, preset))
@@ -268,7 +275,7 @@ def show_jobs() -> None:
     if not jobs:
         return
     st.subheader("Fine-tunes", anchor=False)
-    st.fragment(show_list, run_every=POLL_S if any(job.is_active for job in jobs) else None)()
+    show_polled(show_list, POLL_S if any(job.is_active for job in jobs) else None)
     show_comparison(jobs)
 
 
@@ -303,8 +310,6 @@ def show_comparison(jobs: list[Job]) -> None:
         st.altair_chart(alt.Chart(alt.Data(values=rows)).mark_line(point=True).encode(x="step:Q", y=y, color="run:N"))
 
 
-st.session_state.setdefault("place", SAMPLE)
-st.session_state.setdefault("preset", "quick")
 st.html(
     "<h1 class='tl-wordmark'>Teach it your stories</h1>"
     "<p class='tl-tagline'>Bring twenty, watch it learn, write with it a minute later.</p>"

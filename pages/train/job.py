@@ -19,7 +19,7 @@ from model.errors import InputError, TaleloomError
 from model.jobs.record import Job, JobState
 from model.own_models import own_models
 from pages.shared.learning import choose_settings
-from pages.shared.parts import BADGES, guarded, is_mine, literally, manager, show_complaint
+from pages.shared.parts import BADGES, guarded, is_mine, literally, manager, show_complaint, show_polled
 
 POLL_S = 1.0
 CHART_HEIGHT = 320
@@ -38,11 +38,11 @@ def find(job_id: str) -> Job:
 def show_job(job_id: str) -> None:
     job = find(job_id)
     looked_at = POLL_S if job.is_active else None
-    st.fragment(show_progress, run_every=looked_at)(job_id, abilities(job))
+    show_polled(show_progress, looked_at, job_id, abilities(job))
     show_controls(job)
     if job.state is JobState.DONE:
         show_result(job)
-    st.fragment(show_flip_book, run_every=looked_at)(job_id)
+    show_polled(show_flip_book, looked_at, job_id)
     show_details(job)
     if job.name:
         show_variation(job)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
-# A step of the engine takes at least 200 ms here: a fast machine would end a story before anybody could press Stop.
+# A step of the engine takes at least 80 ms here: a fast machine would end a story before anybody could press Stop.
 # Not for the README's picture, which is to show what readers see.
-STEP_S = 0 if os.environ.get("TALELOOM_SCREENSHOT") else 0.2
+STEP_S = 0 if os.environ.get("TALELOOM_SCREENSHOT") else 0.08
 UNHURRIED_APP = f"""
 import sys, time
 from model.engine.engine import Engine
