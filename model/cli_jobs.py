@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from model.cli_shared import JSON
+from model.cli_shared import DEVICE, JSON
 from model.config import FINE_TUNE_PRESETS, LORA_TARGETS
 from model.errors import InputError, TaleloomError
 from model.jobs.manager import JobManager
@@ -63,7 +63,7 @@ def settings_options(command: Any) -> Any:
 @click.option("--preset", type=click.Choice(list(FINE_TUNE_PRESETS)), default="quick", show_default=True)
 @click.option("--model", "base", help="The storyteller to start from. Default: bundled.")
 @click.option("--idea", "ideas", multiple=True, help="A test idea, told again and again; up to four.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@DEVICE
 @click.option("--detach", is_flag=True, help="Do not wait: `taleloom jobs` tells how it goes.")
 @settings_options
 @JSON

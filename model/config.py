@@ -234,7 +234,7 @@ class FineTuneSettings:
     method: str = "full"  # "full": every weight; "lora": low-rank additions (Hu et al. 2021), merged at the end
     epochs: float = 12.0  # times the own stories are read, at most
     max_steps: int | None = None  # optimizer steps at most
-    learning_rate: float = 0.0002  # Muon's for matrices; AdamW's is a third of it, with LoRA four times
+    learning_rate: float = 0.0004  # Muon's for matrices; AdamW's is a third of it, with LoRA four times
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to zero, or "constant"
     warmup_share: float = 0.05
     rows_per_step: int = 4  # sequences behind one optimizer step

@@ -1,5 +1,8 @@
 """Teach a storyteller somebody's own stories: full fine-tuning or LoRA, with originals replayed against forgetting.
 
+On originals it learns to say what the base says (Li and Hoiem 2016, "Learning without Forgetting"): measured, that
+forgets half of what learning their text again does (docs/training.md).
+
 Everything that is drawn comes from the seed and the step, so a run that was paused or killed goes on as if it had not
 been: metrics after its last checkpoint are dropped and written anew.
 """
@@ -32,6 +35,7 @@ from model.training.data import pack, token_pieces
 from model.training.ideas import idea_for
 from model.training.loop import (
     add_gradients,
+    distilled_loss,
     load_checkpoint,
     padded_targets,
     save_checkpoint,
@@ -49,6 +53,7 @@ IDEA_SHARE = 0.7
 ADAMW_SHARE = 1 / 3  # of the learning rate: for embeddings and gains, beside Muon
 LORA_SHARE = 4.0  # of the learning rate: for LoRA's matrices, which begin at zero
 MAX_GRAD_NORM = 1.0
+KEPT_SHARE = 1.0  # of the loss on originals: what the base says of them, instead of their text
 N_REPLAYED = 4_000  # original stories to draw from: all are tokenised before the first step
 N_SCORED = 100  # stories of each kind at an evaluation
 SAVE_EVERY_S = 30.0
@@ -139,6 +144,11 @@ class FineTune:
         self._replayed = RowStream(replayed, self.tokenizer, row_length, settings.seed, 0.0) if replayed else None
         self._replay_share = settings.replay_share if replayed else 0.0
         self._prepare_decoder()
+        self._own_loss = partial(summed_loss, self.decoder)
+        self._kept_loss = self._own_loss
+        if replayed:
+            teacher = load_decoder(base, str(self.device)).eval().requires_grad_(False)
+            self._kept_loss = partial(distilled_loss, self.decoder, [teacher], KEPT_SHARE)
         # LoRA's matrices take AdamW, as its authors did.
         lora = settings.method == "lora"
         self.optimizer = Optimizer(
@@ -208,9 +218,11 @@ class FineTune:
         rows = np.asarray(taken, np.int64)
         torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout's: the same after a resumption
         self.decoder.train()
-        loss = partial(summed_loss, self.decoder)
         targets = padded_targets(rows, self.tokenizer.pad_id)
-        total = add_gradients(loss, rows, targets, list(range(len(rows))), settings.rows_per_pass, self.device)
+        n_own = n - n_replayed
+        total = torch.zeros((), device=self.device)
+        for loss, chosen in ((self._own_loss, range(n_own)), (self._kept_loss, range(n_own, n))):
+            total += add_gradients(loss, rows, targets, list(chosen), settings.rows_per_pass, self.device)
         trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         value = total.item()

@@ -159,6 +159,24 @@ def test_replay_has_its_share(tiny_model, stories, tmp_path):
     assert run._replayed.n_taken == run.step and run._own.n_taken == 3 * run.step
 
 
+def test_originals_pull_back_to_what_the_base_says_not_to_their_text(tiny_model, stories, tmp_path):
+    run = FineTune(tmp_path, tiny_model, rows(stories), SETTINGS, rows(stories[50:]))
+    row = torch.tensor(run._replayed.take(1))
+
+    def gradient_norm(loss):
+        run.decoder.zero_grad()
+        loss(row[:, :-1], row[:, 1:]).backward()
+        return torch.nn.utils.get_total_norm([p.grad for p in run.decoder.parameters()])
+
+    run.decoder.eval()
+    at_first = gradient_norm(run._kept_loss)
+    assert at_first < 0.02 * gradient_norm(run._own_loss)
+    for _ in range(5):
+        run._train_step()
+    run.decoder.eval()
+    assert gradient_norm(run._kept_loss) > 10 * at_first
+
+
 def test_rows_are_the_same_for_everyone_and_shuffled_anew_each_epoch(stories, tokenizer):
     own = rows(stories)
     one, other = (RowStream(own, tokenizer, 65, 1, idea_share=0.5) for _ in range(2))
