@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from model.config import SamplingParams
-from model.drafts import score, subject_words
+from model.drafts import N_DRAFTS, score, subject_words
 from model.engine.request import FinishReason
 from model.storyteller import Storyteller
 
@@ -36,6 +36,7 @@ def test_subject_words_are_what_the_story_is_about():
     [
         (LOST, True),  # hero and thing do not reach the end
         (KEPT + " The fox hugged his red kite." * 4, True),  # says one thing again and again
+        (KEPT.replace("A bird saw it and laughed", "He ran and ran with it and ran and ran with it"), True),  # circles
         (KEPT, False),  # cut off
         ("The fox hugged his red kite.", True),  # no story
         ("", True),
@@ -80,9 +81,9 @@ def test_fewer_drafts_when_many_stories_are_running(tiny_model, monkeypatch):
 
 def test_a_large_model_or_a_long_story_gets_fewer_drafts(storyteller, monkeypatch):
     """Eight drafts of a model of 85 million weights kept a reader waiting for two seconds."""
-    assert storyteller._affordable_drafts(320) >= 8
+    assert storyteller._affordable_drafts(320) >= N_DRAFTS
     monkeypatch.setattr(type(storyteller.config), "n_parameters", 8_300_000)
-    assert storyteller._affordable_drafts(320) >= 8
+    assert storyteller._affordable_drafts(320) >= N_DRAFTS
     monkeypatch.setattr(type(storyteller.config), "n_parameters", 85_000_000)
     assert storyteller._affordable_drafts(320) <= 2
     story = storyteller.tell("the fox", PARAMS)
