@@ -289,7 +289,7 @@ class FineTuneSettings:
 
 
 # What the fine-tune page and `taleloom finetune --preset` offer by name. However many stories there are, two CPU cores
-# take about 2, 15 and 90 minutes for that many steps.
+# take about 3, 25 and 140 minutes for that many steps.
 FINE_TUNE_PRESETS = {
     "quick": FineTuneSettings(epochs=10, max_steps=200, evaluations=6),
     "good": FineTuneSettings(epochs=20, max_steps=1_500, evaluations=12),

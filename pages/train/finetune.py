@@ -35,7 +35,7 @@ from pages.shared.parts import (
 
 SAMPLE, FILE, PASTE, HUB = "Sample: a captain's log", "A file", "Paste", "Hugging Face Hub"
 PRESETS = {"quick": "Quick taste", "good": "Good", "thorough": "Thorough"}
-PRESET_HELP = "Up to about 2, 15 or 90 minutes on two CPU cores; few stories take much less."
+PRESET_HELP = "Up to about 3, 25 or 140 minutes on two CPU cores; few stories take much less."
 TEST_IDEAS = "a dragon who is afraid of fire\na lost kitten\ntwo mice build a boat"
 SHOWN_UNKNOWN_SHARE = 0.001
 FILE_TYPES = ["txt", "md", "jsonl", "json", "csv", "tsv", "parquet", "zip"]
