@@ -20,15 +20,13 @@ from model.find import find_model
 from model.own_models import own_models
 from model.prompt import Mode, guess_mode
 from model.storyteller import Story, Storyteller
+from pages.create.settings import fill_in_settings, show_settings, typed_params
 from pages.shared.parts import guarded, literally, show_complaint, show_polled, visible_models, visitor
 
 DEFAULT_MODEL = os.environ.get("TALELOOM_MODEL") or None
 DEVICE = os.environ.get("TALELOOM_DEVICE", "auto")
 MAX_RUNNING_PER_VISITOR = 2
 POLL_S = 0.15
-DEFAULTS = SamplingParams()
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-LENGTHS = {80: "A few lines", 160: "Short", 320: "Medium", 640: "Long", 1280: "Very long"}  # by most tokens
 READING_PACE = 60.0  # tokens a second: faster than anyone reads, slow enough to watch
 WAYS: dict[str, Mode | None] = {"Auto": None, "An idea": "idea", "An opening": "opening"}
 EXAMPLES: dict[str, Mode] = {
@@ -136,14 +134,11 @@ def current_story() -> Story | None:
 
 
 def fill_in(story: Story) -> None:
-    """Set the form to what a story was asked with, but for its seed: Tell should tell a new one."""
-    state, params = st.session_state, story.params
-    state.prompt = story.prompt
+    """Set the form to what a story was asked with."""
+    st.session_state.prompt = story.prompt
     if guess_mode(story.prompt) != story.mode:
-        state.way = next(way for way, mode in WAYS.items() if mode == story.mode)
-    state.length = min(LENGTHS, key=lambda length: abs(length - params.max_tokens))
-    for name in SETTINGS:
-        state[name] = getattr(params, name)
+        st.session_state.way = next(way for way, mode in WAYS.items() if mode == story.mode)
+    fill_in_settings(story.params)
 
 
 # What buttons do. Callbacks run before the page is drawn again, so one run shows the outcome.
@@ -162,11 +157,6 @@ def tell(prompt: str, mode: Mode | None, params: SamplingParams) -> None:
         shown.wait(1.0)  # until then it still holds one of the visitor's places
     st.session_state.story = story
     st.query_params["story"] = story.id
-
-
-def typed_params() -> SamplingParams:
-    names = (*SETTINGS, "seed")
-    return SamplingParams(max_tokens=st.session_state.length, **{name: st.session_state[name] for name in names})
 
 
 def tell_typed() -> None:
@@ -284,73 +274,6 @@ def show_examples(knows_ideas: bool) -> None:
         for example, mode in EXAMPLES.items():
             if knows_ideas or mode == "opening":
                 st.button(example, on_click=tell_example, args=(example, mode))
-
-
-def show_settings() -> None:
-    # Each widget has its default from here, not from the session: when the first click interrupts the page's first run,
-    # the browser never hears of a value set there, sends the widget's own default, and that is its minimum or off.
-    with st.container(key="settings"):
-        left, right = st.columns(2, gap="medium")
-    left.select_slider(
-        "Length",
-        list(LENGTHS),
-        DEFAULTS.max_tokens,
-        key="length",
-        format_func=lambda length: LENGTHS[length],
-        help="The most it may write.",
-    )
-    right.slider(
-        "Creativity",
-        0.0,
-        1.5,
-        DEFAULTS.temperature,
-        step=0.05,
-        key="temperature",
-        help="The sampling temperature: low keeps to the likeliest words, high takes chances.",
-    )
-    with st.expander("Finer settings", icon=":material/tune:", type="compact"):
-        left, right = st.columns(2)
-        left.number_input(
-            "Top-k", 0, 100_000, DEFAULTS.top_k, key="top_k", help="Choose among the k likeliest tokens; 0 is all."
-        )
-        right.number_input(
-            "Top-p", 0.01, 1.0, DEFAULTS.top_p, 0.01, key="top_p", help="The likeliest tokens up to this share."
-        )
-        left, right = st.columns(2)  # a second pair: on a phone they stand in the order they are read
-        left.number_input(
-            "Min-p",
-            0.0,
-            1.0,
-            DEFAULTS.min_p,
-            0.01,
-            key="min_p",
-            help="Leave out tokens below this share of the likeliest.",
-        )
-        right.number_input(
-            "Repetition penalty",
-            0.1,
-            10.0,
-            DEFAULTS.repetition_penalty,
-            0.05,
-            key="repetition_penalty",
-            help="Above 1 avoids said words.",
-        )
-        left, right = st.columns(2, vertical_alignment="bottom")
-        right.toggle(
-            "At a pace to read along",
-            value=True,
-            key="read_along",
-            help="Off, the words appear as fast as the storyteller writes them.",
-        )
-        left.number_input(
-            "Seed",
-            0,
-            2**53 - 1,  # what JavaScript can count to
-            None,
-            key="seed",
-            placeholder="a new one each time",
-            help="The same seed tells the same story again.",
-        )
 
 
 def page_html(story: Story) -> str:
