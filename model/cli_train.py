@@ -139,6 +139,12 @@ def build(
 @click.option("--adamw-lr", type=POSITIVE, default=TrainingConfig.adamw_lr)
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=TrainingConfig.weight_decay)
 @click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=TrainingConfig.dropout,
+    help="Of what each layer adds: for a large decoder on little text.",
+)
+@click.option(
     "--decay-fraction",
     type=click.FloatRange(0, 1),
     default=TrainingConfig.decay_fraction,

@@ -205,6 +205,7 @@ class TrainingConfig:
     muon_lr: float = 0.008  # for matrices; update RMS as AdamW's
     adamw_lr: float = 0.003  # for embeddings and norm gains
     weight_decay: float = 0.1
+    dropout: float = 0.0  # of what each layer adds
     warmup_steps: int = 50
     decay_fraction: float = 0.3
     max_grad_norm: float = 1.0

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from model.checkpoint import load_decoder, load_tokenizer, save_model, weight_files, write_atomically
 from model.config import ModelConfig, TrainingConfig
-from model.decoder import Decoder
+from model.decoder import Decoder, Layer
 from model.errors import ModelError, TaleloomError
 from model.evaluation.loss import bits_per_byte
 from model.training.data import PreparedData
@@ -169,6 +169,9 @@ class TrainingRun:
         if self.decoder.config != model_config:
             raise TaleloomError(f"{initial} has another shape than the model to be trained.")
         self.decoder.to(self.device)
+        for layer in self.decoder.model.layers:
+            assert isinstance(layer, Layer)
+            layer.dropout = config.dropout
         loss = partial(summed_loss, self.decoder)
         if teachers:
             loss = partial(distilled_loss, self.decoder, [self._teacher(t) for t in teachers], TEACHER_SHARE)
@@ -198,6 +201,8 @@ class TrainingRun:
         while self.step < self.n_steps:
             started = time.perf_counter()
             scale = self.config.lr_scale(self.step, self.n_steps)
+            if self.config.dropout:
+                torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # the same after a resumption
             loss, grad_norm = self._gradients()
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise TaleloomError(

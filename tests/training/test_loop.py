@@ -79,8 +79,10 @@ def test_accumulated_passes_add_up_to_one_large_pass(data, tiny_config, tmp_path
     assert difference < 0.02  # bf16
 
 
-def test_two_runs_with_one_seed_agree_and_a_resumed_one_too(data, tiny_config, tmp_path, one_thread):
-    whole, again, cut = (TrainingRun(tmp_path / n, data, tiny_config, CONFIG) for n in ("whole", "again", "cut"))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_two_runs_with_one_seed_agree_and_a_resumed_one_too(data, tiny_config, tmp_path, one_thread, dropout):
+    config = dataclasses.replace(CONFIG, dropout=dropout)
+    whole, again, cut = (TrainingRun(tmp_path / n, data, tiny_config, config) for n in ("whole", "again", "cut"))
     whole.run()
     again.run()
 
@@ -91,11 +93,18 @@ def test_two_runs_with_one_seed_agree_and_a_resumed_one_too(data, tiny_config, t
     cut.report = stop
     with pytest.raises(KeyboardInterrupt):
         cut.run()
-    TrainingRun(tmp_path / "cut", data, tiny_config, CONFIG).run()
+    TrainingRun(tmp_path / "cut", data, tiny_config, config).run()
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+def test_dropout_trains_another_model(data, tiny_config, tmp_path, one_thread):
+    for dropout in (0.0, 0.5):
+        config = dataclasses.replace(CONFIG, dropout=dropout, max_steps=2)
+        TrainingRun(tmp_path / str(dropout), data, tiny_config, config).run()
+    assert losses(tmp_path / "0.0")[1] != losses(tmp_path / "0.5")[1]
 
 
 def train_command(jsonl, out):
