@@ -114,7 +114,7 @@ def build(
     "--teacher",
     "teachers",
     multiple=True,
-    help="A model, as in --model, whose word is half of the loss; its tokenizer is used. May be given several times.",
+    help="A model, as in --model, whose word is nine tenths of the loss; its tokenizer is used. May be given several times.",
 )
 @VOCAB_SIZE
 @CONTEXT

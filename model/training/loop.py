@@ -33,7 +33,7 @@ from model.training.data import PreparedData
 from model.training.optimizer import Optimizer
 
 N_HELD_OUT = 100  # stories scored at each evaluation
-TEACHER_SHARE = 0.5  # of the loss, where there are teachers: what they say instead of the text
+TEACHER_SHARE = 0.9  # of the loss, where there are teachers: what they say instead of the text
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
