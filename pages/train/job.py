@@ -23,6 +23,7 @@ from pages.shared.parts import BADGES, guarded, is_mine, literally, manager, sho
 
 POLL_S = 1.0
 CHART_HEIGHT = 320
+LEGEND_ROW = 18
 COLOURS = ["#b0503d", "#8a97a5", "#c98f2b"]  # seen on paper and by lamplight
 KINDS = {"own": "your held-out stories", "own_train": "stories it learned from", "original": "its old stories"}
 
@@ -122,6 +123,7 @@ def show_curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) 
         for kind, label in KINDS.items()
         if f"{kind}_bits_per_byte" in e
     ]
+    n_lines = len({score["of"] for score in scores})
     left, right = st.columns(2)
     thinned = [{k: m[k] for k in ("step", "loss", "lr")} for m in steps[:: max(1, len(steps) // 400)]]
     loss = alt.Chart(alt.Data(values=thinned)).encode(x=alt.X("step:Q", title="step"))
@@ -141,7 +143,7 @@ def show_curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) 
                     "of:N", scale=alt.Scale(range=COLOURS), legend=alt.Legend(orient="bottom", title=None, columns=1)
                 ),
             )
-            .properties(height=CHART_HEIGHT)
+            .properties(height=CHART_HEIGHT + LEGEND_ROW * n_lines)  # so that both axes stand at one height
         )
 
 
