@@ -25,29 +25,37 @@ def _prepare_data(
     folder: Path,
     datasets: tuple[str, ...],
     data_root: Path | None,
-    other: Path | None,
+    tokenizer_of: Path | None,
     context: int,
     vocab_size: int,
     seed: int,
     validation: tuple[Path, ...] = (),
 ) -> None:
-    """Prepare training data in `folder`, unless it is there from the same order; with another model's tokenizer."""
+    """Prepare training data in `folder`, unless it is there from the same order.
+
+    The tokenizer is made for it, or taken from a model's folder.
+    """
     from model.checkpoint import load_tokenizer, read_config
     from model.hub.pull import pull_dataset
     from model.training.data import prepare, read_rows, resolve_sources
 
     asked = {"datasets": list(datasets), "context": context, "vocab_size": vocab_size, "seed": seed}
-    if other:
-        asked["init"] = str(other)
+    if tokenizer_of:
+        asked["init"] = str(tokenizer_of)
     if not (folder / "data.json").is_file():
         click.echo("Preparing the data ...", err=True)
         sources = resolve_sources(datasets, lambda repo: pull_dataset(repo, partial(click.echo, err=True)), data_root)
-        tokenizer = load_tokenizer(other, read_config(other)) if other else None
+        tokenizer = load_tokenizer(tokenizer_of, read_config(tokenizer_of)) if tokenizer_of else None
         texts = {path.name: [row["text"] for row in read_rows(path)] for path in validation}
         summary = prepare(sources, folder, context, vocab_size, tokenizer, seed, asked, texts)
         click.echo(json.dumps(summary, indent=2), err=True)
     elif json.loads((folder / "data.json").read_text()).get("asked") != asked:
         raise InputError(f"{folder} was prepared from other data or settings. Choose another --out, or delete it.")
+
+
+def _check_one_tokenizer(init: str | None, tokenizer: str | None) -> None:
+    if init and tokenizer:
+        raise InputError("A model goes on with its own tokenizer: give --init or --tokenizer, not both.")
 
 
 DATASETS = click.option(
@@ -60,6 +68,10 @@ DATASETS = click.option(
 OUT = click.option("--out", required=True, type=FILE, help="Folder of the run; resumes what it holds.")
 DATA_ROOT = click.option("--data-root", type=FILE, help="Where a recipe's files lie. Default: beside it.")
 INIT = click.option("--init", help="A model to go on from, as in --model; its shape and tokenizer count.")
+TOKENIZER = click.option(
+    "--tokenizer",
+    help="A model, as in --model, whose tokenizer to use instead of --teacher's or one made for the data.",
+)
 VOCAB_SIZE = click.option("--vocab-size", type=WHOLE, default=SHAPE.vocab_size)
 CONTEXT = click.option(
     "--context", type=WHOLE, default=SHAPE.max_position_embeddings, help="Longest sequence, in tokens."
@@ -76,6 +88,7 @@ def data() -> None:
 @OUT
 @DATA_ROOT
 @INIT
+@TOKENIZER
 @VOCAB_SIZE
 @CONTEXT
 @click.option("--seed", default=1)
@@ -90,6 +103,7 @@ def build(
     out: Path,
     data_root: Path | None,
     init: str | None,
+    tokenizer: str | None,
     vocab_size: int,
     context: int,
     seed: int,
@@ -99,10 +113,12 @@ def build(
     from model.checkpoint import read_config
     from model.find import find_model
 
+    _check_one_tokenizer(init, tokenizer)
     initial = find_model(init, progress) if init else None
     if initial:
         context = min(context, read_config(initial).max_position_embeddings)
-    _prepare_data(out / "data", datasets, data_root, initial, context, vocab_size, seed, validation)
+    tokenizer_of = find_model(tokenizer, progress) if tokenizer else initial
+    _prepare_data(out / "data", datasets, data_root, tokenizer_of, context, vocab_size, seed, validation)
 
 
 @click.command()
@@ -114,8 +130,9 @@ def build(
     "--teacher",
     "teachers",
     multiple=True,
-    help="A model, as in --model, whose word is nine tenths of the loss; its tokenizer is used. May be given several times.",
+    help="A model, as in --model, whose word is nine tenths of the loss. May be given several times.",
 )
+@TOKENIZER
 @VOCAB_SIZE
 @CONTEXT
 @click.option("--width", type=WHOLE, default=SHAPE.hidden_size)
@@ -161,6 +178,7 @@ def train(
     data_root: Path | None,
     init: str | None,
     teachers: tuple[str, ...],
+    tokenizer: str | None,
     vocab_size: int,
     context: int,
     width: int,
@@ -182,18 +200,20 @@ def train(
     from model.training.data import PreparedData
     from model.training.loop import TrainingRun
 
+    _check_one_tokenizer(init, tokenizer)
     if width % heads:
         raise InputError(f"--heads {heads} does not divide --width {width}.")
     initial = find_model(init, progress) if init else None
     taught_by = [find_model(teacher, progress) for teacher in teachers]
     others = [initial, *taught_by] if initial else taught_by
     context = min([context, *(read_config(other).max_position_embeddings for other in others)])
+    tokenizer_of = find_model(tokenizer, progress) if tokenizer else next(iter(others), None)
     model_config = read_config(initial) if initial else None
     rank = int(os.environ.get("RANK", 0))
     data_folder = out / "data"
     while rank > 0 and not (data_folder / "data.json").is_file():
         time.sleep(1)  # process 0 prepares; data.json is the last file it writes
-    _prepare_data(data_folder, datasets, data_root, next(iter(others), None), context, vocab_size, settings["seed"])
+    _prepare_data(data_folder, datasets, data_root, tokenizer_of, context, vocab_size, settings["seed"])
     data = PreparedData.open(data_folder)
     try:
         model_config = model_config or ModelConfig(

@@ -224,13 +224,21 @@ def test_a_teacher_of_another_tokenizer_is_refused(data, tiny_config, tmp_path):
         TrainingRun(tmp_path, data, tiny_config, CONFIG, teachers=[BUNDLED_WEIGHTS])
 
 
-def test_the_command_takes_its_tokenizer_from_a_teacher(jsonl, tmp_path):
-    options = ["--teacher", str(BUNDLED_WEIGHTS), "--max-steps", "1"]
+@pytest.mark.parametrize("option", ["--teacher", "--tokenizer"])
+def test_the_command_takes_its_tokenizer_from_another_model(jsonl, tmp_path, option):
+    options = [option, str(BUNDLED_WEIGHTS), "--max-steps", "1"]
     command = [sys.executable, *train_command(jsonl, tmp_path / "run"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     learned = (tmp_path / "run" / "model" / "tokenizer.model").read_bytes()
     assert learned == (BUNDLED_WEIGHTS / "tokenizer.model").read_bytes()
+
+
+def test_a_model_goes_on_with_its_own_tokenizer(jsonl, tmp_path):
+    options = ["--init", str(BUNDLED_WEIGHTS), "--tokenizer", str(BUNDLED_WEIGHTS)]
+    command = [sys.executable, *train_command(jsonl, tmp_path / "run"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "--init or --tokenizer" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_too_little_data_says_so(data, tiny_config, tmp_path):
