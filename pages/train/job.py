@@ -23,7 +23,7 @@ from pages.shared.parts import BADGES, guarded, is_mine, literally, manager, sho
 
 POLL_S = 1.0
 CHART_HEIGHT = 320
-LEGEND_ROW = 18
+LEGEND_GAP, LEGEND_ROW = 46, 30  # what the legend takes below a chart, in pixels of Streamlit's theme
 COLOURS = ["#b0503d", "#8a97a5", "#c98f2b"]  # seen on paper and by lamplight
 KINDS = {"own": "your held-out stories", "own_train": "stories it learned from", "original": "its old stories"}
 
@@ -143,7 +143,7 @@ def show_curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) 
                     "of:N", scale=alt.Scale(range=COLOURS), legend=alt.Legend(orient="bottom", title=None, columns=1)
                 ),
             )
-            .properties(height=CHART_HEIGHT + LEGEND_ROW * n_lines)  # so that both axes stand at one height
+            .properties(height=CHART_HEIGHT + LEGEND_GAP + LEGEND_ROW * n_lines)  # both axes at one height
         )
 
 
