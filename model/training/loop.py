@@ -266,10 +266,12 @@ class TrainingRun:
         """What must not change between a checkpoint and its resumption."""
         # The rates may change: that is how a run that diverged is rescued.
         free: dict[str, Any] = dict.fromkeys(("rows_per_pass", "eval_every", "save_every"), 1)
-        fixed = dataclasses.replace(self.config, **free, muon_lr=0.0, adamw_lr=0.0)
+        fixed = dataclasses.asdict(dataclasses.replace(self.config, **free, muon_lr=0.0, adamw_lr=0.0))
+        if not fixed["dropout"]:
+            del fixed["dropout"]  # as in checkpoints from before there was any
         return {
             "model": json.dumps(dataclasses.asdict(self.decoder.config)),
-            "training": json.dumps(dataclasses.asdict(fixed)),
+            "training": json.dumps(fixed),
             "rows": str(self.data.rows.shape),
             "teachers": json.dumps(self._taught_by),
         }

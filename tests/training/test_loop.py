@@ -100,6 +100,15 @@ def test_two_runs_with_one_seed_agree_and_a_resumed_one_too(data, tiny_config, t
     assert weights[0] == weights[1]
 
 
+def test_a_checkpoint_from_before_there_was_dropout_resumes(data, tiny_config, tmp_path):
+    before = dataclasses.asdict(dataclasses.replace(CONFIG, rows_per_pass=1, eval_every=1, save_every=1))
+    before |= {"muon_lr": 0.0, "adamw_lr": 0.0}
+    del before["dropout"]
+    assert TrainingRun(tmp_path, data, tiny_config, CONFIG)._identity()["training"] == json.dumps(before)
+    with_dropout = dataclasses.replace(CONFIG, dropout=0.1)
+    assert "dropout" in TrainingRun(tmp_path, data, tiny_config, with_dropout)._identity()["training"]
+
+
 def test_dropout_trains_another_model(data, tiny_config, tmp_path, one_thread):
     for dropout in (0.0, 0.5):
         config = dataclasses.replace(CONFIG, dropout=dropout, max_steps=2)
