@@ -32,8 +32,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised (Jordan 2024) and scaled to AdamW's RMS, so that one weight decay serves both
     (Liu et al. 2025, "Muon is scalable for LLM training").
 
-    The same as `torch.optim.Muon`, but matrices of one shape go through it together: a GPU then gets some fifty large
-    operations a step instead of a thousand tiny ones.
+    The same as `torch.optim.Muon`, but matrices of one shape go through it together: a step of the
+    bundled shape is then some hundred larger operations instead of a thousand tiny ones.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
