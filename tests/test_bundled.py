@@ -17,7 +17,7 @@ from model.tokenizer import Tokenizer
 GOLDEN_PROMPT = "Once upon a time, there was a little"
 GOLDEN_TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play with her toys and eat yummy food. One "
-    "day, she found a big box in her room. She was very happy and wanted to open it.\nLily"
+    "day, she found a big, red ball in her room. She was so happy and wanted to play with it"
 )
 
 # Written for this test; a model that learned to tell stories predicts them well (an untrained one needs 3 bits).

@@ -20,14 +20,14 @@ from model.errors import InputError, TaleloomError
 from model.jobs.record import Job, Row, read_lines, read_request, read_result, read_stories
 from model.own_models import OwnModel, add_model, models_folder, own_models
 from model.text import words
-from model.training.data import clean, is_held_out
+from model.training.data import clean, is_held_out, read_rows
 
 if TYPE_CHECKING:
     from model.decoder import Decoder
     from model.tokenizer import Tokenizer
     from model.training.finetune import FineTune, Outcome
 
-ORIGINALS = Path(__file__).parent.parent / "training" / "stories.jsonl"
+ORIGINALS = Path(__file__).parent.parent / "training" / "stories.parquet"
 TEST_IDEAS = ("a dragon who is afraid of fire", "a lost kitten", "two mice build a boat")
 SAMPLE_TOKENS = 240
 N_MEMORY_SAMPLES = 50
@@ -50,10 +50,9 @@ these terms, and puts "Llama" at the beginning of its name.
 def read_originals() -> list[Row]:
     """The stories that come with Taleloom and its storyteller was trained on, less those held out of that: "test"."""
     rows = []
-    with ORIGINALS.open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            text = clean(row["text"])
-            rows.append({"text": text, "prompt": row["prompt"], "split": "test" if is_held_out(text) else "train"})
+    for row in read_rows(ORIGINALS):
+        text = clean(row["text"])
+        rows.append({"text": text, "prompt": row["prompt"], "split": "test" if is_held_out(text) else "train"})
     return rows
 
 
