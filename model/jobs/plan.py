@@ -47,7 +47,7 @@ def plan(
 
 @cache
 def held_out_originals() -> tuple[str, ...]:
-    """Stories that the bundled storyteller was not trained on. Kept: reading all the others takes a few seconds."""
+    """Stories that the bundled storyteller was not trained on. Kept: all the others are read for them."""
     return tuple(row["text"] for row in read_originals() if row["split"] == "test")
 
 

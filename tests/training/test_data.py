@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from model.errors import InputError
+from model.jobs.task import ORIGINALS
 from model.training.data import (
     PreparedData,
     Source,
@@ -27,6 +28,11 @@ def test_clean_keeps_the_story_and_drops_what_surrounds_it():
     text = 'The River\'s Secret\n\nA  swan  swam.\r\n\r\n"Oh!" she said.\n\nHow would you like the story to continue?'
     assert clean(text) == 'A swan swam.\n"Oh!" she said.'
     assert clean("One line only") == "One line only"
+
+
+def test_the_stories_written_for_the_recipe_lie_clean():
+    """So whoever reads the originals need not clean them, which took four times as long as reading them."""
+    assert all(clean(row["text"]) == row["text"] for row in read_rows(ORIGINALS))
 
 
 def test_packing_keeps_every_sequence_whole_and_once():
