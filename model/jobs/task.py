@@ -48,8 +48,7 @@ these terms, and puts "Llama" at the beginning of its name.
 
 
 def read_originals() -> list[Row]:
-    """The stories that come with Taleloom; its storyteller was trained on most of those of the split "train", on none of
-    "test"."""
+    """The stories that come with Taleloom: its storyteller learned from most in "train", from none in "test"."""
     return [  # they lie there clean (tested)
         {"text": row["text"], "prompt": row["prompt"], "split": "test" if is_held_out(row["text"]) else "train"}
         for row in read_rows(ORIGINALS)
