@@ -31,7 +31,7 @@ def test_clean_keeps_the_story_and_drops_what_surrounds_it():
 
 
 def test_the_stories_written_for_the_recipe_lie_clean():
-    """So whoever reads the originals need not clean them, which took several times as long as reading them."""
+    """So whoever reads them need not clean them, which took several times as long as reading them."""
     written = sorted(ORIGINALS.parent.glob("*.parquet"))
     assert ORIGINALS in written
     assert all(clean(row["text"]) == row["text"] for path in written for row in read_rows(path))
