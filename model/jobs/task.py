@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,16 +69,22 @@ def fine_tune(
     """
     # Threads that spin while they wait take the core from readers (and a shared core from themselves).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from model.checkpoint import load_decoder, load_tokenizer, read_config, save_model
     from model.find import choose_device, find_model
     from model.training.finetune import FineTune
 
+    if read_result(folder):  # killed between the hand-over and its last word
+        return "done"
     job, clock = read_request(folder), Clock(folder / "clock.json")
     rows = read_stories(folder)
-    # Paths are absolute: a storyteller of one's own may be called "docs". Once there is a checkpoint, what is needed of
-    # the base is in it and beside it, and the base may be renamed or deleted.
-    begun = (folder / "checkpoint.safetensors").is_file() and (folder / "best" / "config.json").is_file()
-    is_path = job.base is not None and Path(job.base).is_absolute()
-    base = folder / "best" if begun else find_model(job.base, folders=is_path)
+    # A copy, which the job learns from to its end (replayed stories are asked for what the base says of them), so the
+    # base may be renamed or deleted.
+    base = folder / "base"
+    if not (base / "config.json").is_file():
+        # Paths are absolute: a storyteller of one's own may be called "docs".
+        is_path = job.base is not None and Path(job.base).is_absolute()
+        original = find_model(job.base, folders=is_path)
+        save_model(base, load_decoder(original), load_tokenizer(original, read_config(original)))
     device = choose_device(job.device)
     tokenizer: Tokenizer
     ideas = job.test_ideas or TEST_IDEAS
@@ -95,9 +102,10 @@ def fine_tune(
     tokenizer = run.tokenizer
     outcome = run.run()
     clock.save()
-    if outcome == "done" and not read_result(folder):
+    if outcome == "done":
         report({"message": "It has learned; what it knows by heart is looked for."})
         hand_over(job, run, rows, clock.seconds)
+        shutil.rmtree(base, ignore_errors=True)
     return outcome
 
 

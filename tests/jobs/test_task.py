@@ -142,10 +142,14 @@ def test_what_came_from_the_bundled_storyteller_carries_its_terms(add, tiny_mode
 
 
 def test_paused_and_resumed_it_is_one_run(add, monkeypatch):
-    whole, cut = add("whole"), add("cut")
+    """Paused after the best so far is another than the base: what was the base still says what to keep."""
+    settings = dataclasses.replace(SETTINGS, evaluations=6)
+    whole, cut = add("whole", settings), add("cut", settings)
     do(whole)
     asked = iter(range(100))
     assert do(cut, lambda: "pause" if next(asked) == 2 else None)[0] == "paused"
+    best = (cut.folder / "best" / "model.safetensors").read_bytes()
+    assert best != (cut.folder / "base" / "model.safetensors").read_bytes()
     assert not (cut.folder / "result.json").exists() and [m.name for m in own_models()] == ["whole"]
     clock = json.loads((cut.folder / "clock.json").read_text())["seconds"]
     (cut.folder / "clock.json").write_text(json.dumps({"seconds": 1000 + clock}))
@@ -156,6 +160,7 @@ def test_paused_and_resumed_it_is_one_run(add, monkeypatch):
     losses = [[m["loss"] for m in read_lines(job.folder / "metrics.jsonl") if "loss" in m] for job in (whole, cut)]
     assert losses[0] == losses[1]
     assert read_lines(cut.folder / "samples.jsonl") == read_lines(whole.folder / "samples.jsonl")
+    assert not (cut.folder / "base").exists(), "done with"
 
 
 def test_cancelled_it_leaves_no_storyteller(add):
