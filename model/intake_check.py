@@ -36,7 +36,7 @@ PROCESS_MB = 600  # what an evaluation needs at once is in it
 FULL_BYTES, LORA_BYTES = 34, 17  # per weight: itself, gradient, optimizer's state, and a checkpoint being written
 ACTIVATION_BYTES = 60  # per token in memory at once, times the square root of the number of weights
 FULL_FILE_BYTES, LORA_FILE_BYTES = 9, 5
-BEST_FILE_BYTES = 2
+MODEL_FILE_BYTES = 2
 FORWARD_SHARE = 1 / 3  # of a training step's work
 N_SCORED = 100, 20, 100  # stories at an evaluation, at most: held out, trained on, original
 
@@ -71,7 +71,7 @@ class Estimate:
     n_steps: int
     seconds: float
     memory_mb: float
-    checkpoint_mb: float  # on disk: the job's checkpoint and its best storyteller
+    checkpoint_mb: float  # on disk: the job's checkpoint, its best storyteller and a copy of the one it began from
 
 
 def check(
@@ -189,7 +189,7 @@ def estimate(check: Check, settings: FineTuneSettings, tokens_per_second: float,
       reading to learn; telling the test ideas is not in it;
     - memory = 600 MB + 34 bytes a weight (LoRA: 17) + 60 bytes x sqrt(n_parameters) for each token in one pass,
       above the peaks measured with the bundled 8.3 M weights (823 MB with one row in a pass, 967 to 1,205 with four);
-    - disk = 9 bytes a weight (LoRA: 5) for the checkpoint, 2 for the best storyteller.
+    - disk = 9 bytes a weight (LoRA: 5) for the checkpoint, 2 each for the best storyteller and the base's copy.
 
     Args:
         tokens_per_second: of training, padding counted, as measured on this machine.
@@ -205,7 +205,7 @@ def estimate(check: Check, settings: FineTuneSettings, tokens_per_second: float,
     lora = settings.method == "lora"
     activations = rows_at_once * (check.context + 1) * ACTIVATION_BYTES * math.sqrt(n_parameters)
     weights = n_parameters * (LORA_BYTES if lora else FULL_BYTES)
-    files = n_parameters * ((LORA_FILE_BYTES if lora else FULL_FILE_BYTES) + BEST_FILE_BYTES)
+    files = n_parameters * ((LORA_FILE_BYTES if lora else FULL_FILE_BYTES) + 2 * MODEL_FILE_BYTES)
     return Estimate(
         n_steps=n_steps,
         seconds=(n_read + FORWARD_SHARE * n_scored) / max(1e-9, tokens_per_second),

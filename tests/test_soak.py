@@ -1,6 +1,7 @@
 """Long runs: `make soak`."""
 
 import json
+import multiprocessing
 import random
 import resource
 import signal
@@ -16,14 +17,14 @@ from model.storyteller import N_SLOTS, Storyteller
 pytestmark = pytest.mark.soak
 
 
-def peak_memory_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_growth_mb(model: str) -> float:
+    """How much the process's peak grows from the four-thousandth to the ten-thousandth story."""
 
+    def peak_mb() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-def test_ten_thousand_stories_leave_memory_where_it_was(tiny_model):
-    """Finished, stopped and dropped stories all give their slots back."""
     rng = random.Random(0)
-    with Storyteller.load(str(tiny_model), device="cpu") as storyteller:
+    with Storyteller.load(model, device="cpu") as storyteller:
 
         def tell(n):
             for seed in range(n):
@@ -38,10 +39,19 @@ def test_ten_thousand_stories_leave_memory_where_it_was(tiny_model):
                 assert not any(story.error for story in stories)
 
         tell(40)  # every slot was used, and the storyteller remembers as many stories as it ever will
-        before = peak_memory_mb()
+        before = peak_mb()
         tell(60)
-        assert peak_memory_mb() - before < 15
         assert len(storyteller.engine._scheduler._free) == N_SLOTS
+        return peak_mb() - before
+
+
+def test_ten_thousand_stories_leave_memory_where_it_was(tiny_model):
+    """Finished, stopped and dropped stories all give their slots back.
+
+    In a process of its own: the peak of one that other tests ran in says little.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(memory_growth_mb, (str(tiny_model),)) < 15
 
 
 def test_training_killed_at_random_moments_keeps_its_curve(jsonl, tmp_path):
