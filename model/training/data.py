@@ -271,7 +271,7 @@ def prepare(
         for stage in ("epochs", "anneal_epochs"):
             # Each epoch of each source is spread evenly over the stage, in a random order of its own.
             schedule = [
-                ((epoch + rng.random()) / epochs, which, i, rng.random())
+                ((epoch + rng.random() * min(1, epochs - epoch)) / epochs, which, i, rng.random())
                 for which, (source, kept) in enumerate(stories)
                 if (epochs := getattr(source, stage)) > 0
                 for epoch in range(int(np.ceil(epochs)))

@@ -106,6 +106,24 @@ def test_preparing_twice_gives_the_same_rows(jsonl, tmp_path):
     assert (tmp_path / "a/rows.bin").read_bytes() == (tmp_path / "b/rows.bin").read_bytes()
 
 
+def test_a_source_read_in_part_is_spread_over_the_whole_stage(tmp_path, stories):
+    """What was read 0.2 times stood mostly after all else, where the learning rate is low."""
+    for name, mark in (("often", "?"), ("seldom", "!")):
+        marked = [{"text": text.replace(".", mark)} for text in stories]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    sources = [
+        (Source("often", epochs=1.6, idea_share=0), [tmp_path / "often.jsonl"]),
+        (Source("seldom", epochs=0.2, idea_share=0), [tmp_path / "seldom.jsonl"]),
+    ]
+    prepare(sources, tmp_path, 64, 320)
+    data = PreparedData.open(tmp_path)
+    texts = [data.tokenizer.decode(token for token in row if token != data.tokenizer.pad_id) for row in data.rows]
+    for mark in "?!":
+        places = [i / len(texts) for i, text in enumerate(texts) for _ in range(text.count(mark))]
+        counts = np.histogram(places, 4, (0, 1))[0] / len(places)
+        assert counts.min() > 0.15 and counts.max() < 0.35, counts
+
+
 def test_every_kind_of_file_is_read(tmp_path):
     import pyarrow
     import pyarrow.parquet
