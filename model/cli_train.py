@@ -132,6 +132,11 @@ def build(
     multiple=True,
     help="A model, as in --model, whose word is nine tenths of the loss. May be given several times.",
 )
+@click.option(
+    "--twins",
+    type=FILE,
+    help="Lines of beginning, ending, other beginning, its ending, with tabs between: to choose the right ending.",
+)
 @TOKENIZER
 @VOCAB_SIZE
 @CONTEXT
@@ -178,6 +183,7 @@ def train(
     data_root: Path | None,
     init: str | None,
     teachers: tuple[str, ...],
+    twins: Path | None,
     tokenizer: str | None,
     vocab_size: int,
     context: int,
@@ -240,10 +246,12 @@ def train(
             if not watched and (record["step"] % 50 == 0 or "held_out_bits_per_byte" in record):
                 score = record.get("held_out_bits_per_byte")
                 shown = f", held-out {score:.4f} bits per byte" if score else ""
+                choices = record.get("held_out_choices")
+                shown += f", {choices:.1%} of held-out choices" if choices is not None else ""
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 
-        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, taught_by)
+        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, taught_by, twins)
         if rank == 0:
             progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
         run.run()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,12 @@ def jsonl(tmp_path: Path, stories: list[str]) -> Path:
     path = tmp_path / "stories.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories[:60]))
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads may add in another order."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

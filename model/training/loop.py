@@ -31,9 +31,11 @@ from model.errors import ModelError, TaleloomError
 from model.evaluation.loss import bits_per_byte
 from model.training.data import PreparedData
 from model.training.optimizer import Optimizer
+from model.training.twins import LENGTH, Twins, choice_accuracy, choice_loss
 
 N_HELD_OUT = 100  # stories scored at each evaluation
 TEACHER_SHARE = 0.9  # of the loss, where there are teachers: what they say instead of the text
+TWINS_PER_STEP, TWINS_WEIGHT = 24, 0.04  # of their mean loss, beside the text's
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -68,18 +70,27 @@ def distilled_loss(
 
 
 def add_gradients(
-    loss: Loss, rows: np.ndarray, targets: np.ndarray, chosen: list[int], rows_per_pass: int, device: torch.device
+    loss: Loss,
+    rows: np.ndarray,
+    targets: np.ndarray,
+    chosen: list[int],
+    rows_per_pass: int,
+    device: torch.device,
+    weight: float | None = None,
 ) -> torch.Tensor:
-    """Add up the chosen rows' gradients, some at a time; returns their share of the mean loss over all targets."""
-    n_targets = max(1, int((targets >= 0).sum()))
+    """Add up the gradients of `weight` times the loss of the chosen rows, some at a time; returns that loss, summed.
+
+    Without a weight it is their share of the mean over all targets.
+    """
+    weight = weight or 1 / max(1, int((targets >= 0).sum()))
     total = torch.zeros((), device=device)
     for i in range(0, len(chosen), rows_per_pass):
         some = chosen[i : i + rows_per_pass]
         inputs_bt = torch.from_numpy(rows[some, :-1]).to(device)
         targets_bt = torch.from_numpy(targets[some]).to(device)
-        mean = loss(inputs_bt, targets_bt) / n_targets
-        mean.backward()
-        total += mean.detach()
+        weighted = weight * loss(inputs_bt, targets_bt)
+        weighted.backward()
+        total += weighted.detach()
     return total
 
 
@@ -105,7 +116,7 @@ def load_checkpoint(path: Path, decoder: Decoder, optimizer: Optimizer, identity
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ModelError(f"{path} is damaged ({error}). Delete it to start again.") from error
-    # A checkpoint from before there were teachers had none.
+    # A checkpoint from before there were teachers, or twins, had none.
     changed = [name for name, value in identity.items() if metadata.get(name, "[]") != value]
     if changed:
         raise ModelError(
@@ -133,10 +144,11 @@ def trim_metrics(path: Path, step: int) -> list[dict[str, Any]]:
 class TrainingRun:
     """One run in its folder: checkpoint.safetensors, metrics.jsonl, and the finished model in `model/`.
 
-    `report` receives a dict per step: step, steps, loss, lr_scale, tokens_per_second, eta_s and, when evaluated,
-    held_out_bits_per_byte. `initial` is a model folder whose weights the run starts from, instead of random ones;
+    `report` receives a dict per step: step, steps, loss, lr_scale, tokens_per_second, eta_s and, when evaluated, what
+    `evaluate` finds. `initial` is a model folder whose weights the run starts from, instead of random ones;
     `teachers` are model folders to learn from beside the text, with the same tokenizer; the loss is then a mixture (see
-    distilled_loss) and does not compare with a run's without them.
+    distilled_loss) and does not compare with a run's without them. `twins` is a file of pairs to choose between at each
+    step (see twins.py); `choice_loss` is then reported, too.
     """
 
     def __init__(
@@ -149,6 +161,7 @@ class TrainingRun:
         report: Callable[[dict[str, Any]], None] = lambda _: None,
         initial: Path | None = None,
         teachers: Sequence[Path] = (),
+        twins: Path | None = None,
     ):
         self.folder, self.data, self.config, self.report = Path(folder), data, config, report
         self.rank = int(os.environ.get("RANK", 0))
@@ -176,7 +189,14 @@ class TrainingRun:
         if teachers:
             loss = partial(distilled_loss, self.decoder, [self._teacher(t) for t in teachers], TEACHER_SHARE)
         self._taught_by = sorted(hashlib.sha256(f.read_bytes()).hexdigest() for t in teachers for f in weight_files(t))
+        choice = partial(choice_loss, self.decoder)
         self._loss: Loss = torch.compile(loss) if config.compile else loss
+        self._choice_loss: Loss = torch.compile(choice) if config.compile else choice
+        self._twins = self._held_out_twins = None
+        if twins:
+            length = min(LENGTH, data.context)
+            self._twins, self._held_out_twins = (Twins.read(twins, data.tokenizer, length, h) for h in (False, True))
+        self._twins_read = [hashlib.sha256(twins.read_bytes()).hexdigest()] if twins else []
         self.optimizer = Optimizer(self.decoder, config.muon_lr, config.adamw_lr, config.weight_decay)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
         if not self.n_steps:
@@ -203,7 +223,7 @@ class TrainingRun:
             scale = self.config.lr_scale(self.step, self.n_steps)
             if self.config.dropout:
                 torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # the same after a resumption
-            loss, grad_norm = self._gradients()
+            loss, choice, grad_norm = self._gradients()
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise TaleloomError(
                     f"The loss at step {self.step} is not a number. Resume with a lower learning rate; "
@@ -221,9 +241,11 @@ class TrainingRun:
                 "tokens_per_second": self.config.rows_per_step * self.data.context / seconds,
                 "eta_s": (self.n_steps - self.step) * seconds,
             }
+            if self._twins:
+                record["choice_loss"] = choice
             last = self.step == self.n_steps
-            if self.rank == 0 and (last or self.step % self.config.eval_every == 0) and self.data.held_out:
-                record["held_out_bits_per_byte"] = self.evaluate()
+            if self.rank == 0 and (last or self.step % self.config.eval_every == 0):
+                record |= self.evaluate()
             if self.rank == 0:
                 with (self.folder / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -234,29 +256,46 @@ class TrainingRun:
             save_model(self.folder / "model", self.decoder, self.data.tokenizer)
         return self.decoder.eval()
 
-    def _gradients(self) -> tuple[float, float]:
-        """Accumulate the step's clipped gradients; returns the loss in nats per token and the norm before clipping."""
+    def _gradients(self) -> tuple[float, float, float]:
+        """Accumulate the step's clipped gradients; returns the loss in nats per token, the twins' in nats per pair, and
+        the norm before clipping."""
         config = self.config
         first = self.step * config.rows_per_step
         rows = np.asarray(self.data.rows[first : first + config.rows_per_step], np.int64)
         targets = padded_targets(rows, self.data.tokenizer.pad_id)
         mine = range(self.rank, len(rows), self.n_processes)
         total = add_gradients(self._loss, rows, targets, list(mine), config.rows_per_pass, self.device)
+        choice = self._choice_gradients(self._twins) if self._twins else torch.zeros((), device=self.device)
         if self.n_processes > 1:
             dist.all_reduce(total)
+            dist.all_reduce(choice)
             for parameter in self.decoder.parameters():
                 dist.all_reduce(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), config.max_grad_norm)
-        return total.item(), norm.item()
+        return total.item(), choice.item(), norm.item()
 
-    def evaluate(self) -> float:
-        """Bits per byte on held-out stories."""
-        texts = [row["text"] for row in self.data.held_out[:: max(1, len(self.data.held_out) // N_HELD_OUT)]]
+    def _choice_gradients(self, twins: Twins) -> torch.Tensor:
+        """Add the gradients of the step's twins; returns this process's share of their mean loss, in nats per pair."""
+        rows, targets = twins.batch(self.step, TWINS_PER_STEP, self.config.seed)
+        mine = [i for i in range(len(rows)) if i // 4 % self.n_processes == self.rank]
+        rows_per_pass = 8 * self.config.rows_per_pass  # they are short; a pair's two rows stay together
+        weight = TWINS_WEIGHT / (len(rows) // 2)
+        weighted = add_gradients(self._choice_loss, rows, targets, mine, rows_per_pass, self.device, weight)
+        return weighted / TWINS_WEIGHT
+
+    def evaluate(self) -> dict[str, float]:
+        """Bits per byte on held-out stories, and the share of right choices of held-out twins, where there are any."""
+        scores = {}
         self.decoder.eval()
-        with torch.autocast(self.device.type, torch.bfloat16):
-            score = bits_per_byte(self.decoder, self.data.tokenizer, texts)["bits_per_byte"]
+        if self.data.held_out:
+            texts = [row["text"] for row in self.data.held_out[:: max(1, len(self.data.held_out) // N_HELD_OUT)]]
+            with torch.autocast(self.device.type, torch.bfloat16):
+                found = bits_per_byte(self.decoder, self.data.tokenizer, texts)
+            scores["held_out_bits_per_byte"] = found["bits_per_byte"]
+        if self._held_out_twins and (share := choice_accuracy(self.decoder, self._held_out_twins)) is not None:
+            scores["held_out_choices"] = share
         self.decoder.train()
-        return score
+        return scores
 
     @property
     def _checkpoint(self) -> Path:
@@ -274,6 +313,7 @@ class TrainingRun:
             "training": json.dumps(fixed),
             "rows": str(self.data.rows.shape),
             "teachers": json.dumps(self._taught_by),
+            "twins": json.dumps(self._twins_read),
         }
 
     def _save(self) -> None:

@@ -33,15 +33,6 @@ def data(tmp_path_factory, stories):
     return PreparedData.open(folder)
 
 
-@pytest.fixture
-def one_thread():
-    """Two threads may add in another order."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -52,7 +43,7 @@ def losses(folder):
 
 def test_it_learns_and_leaves_a_model(data, tiny_config, tmp_path):
     run = TrainingRun(tmp_path, data, tiny_config, CONFIG)
-    before = run.evaluate()
+    before = run.evaluate()["held_out_bits_per_byte"]
     run.run()
     records = metrics(tmp_path)
     assert [record["step"] for record in records] == list(range(1, run.n_steps + 1))
@@ -64,7 +55,7 @@ def test_it_learns_and_leaves_a_model(data, tiny_config, tmp_path):
 
 def test_the_first_loss_is_that_of_guessing(data, tiny_config, tmp_path):
     run = TrainingRun(tmp_path, data, tiny_config, CONFIG)
-    loss, _ = run._gradients()
+    loss, _, _ = run._gradients()
     assert abs(loss - math.log(tiny_config.vocab_size)) < 0.1
 
 
@@ -145,7 +136,9 @@ def test_a_killed_run_resumes_to_the_same_curve(jsonl, tmp_path):
 
 
 def test_two_processes_agree_with_one(jsonl, tmp_path):
-    """torchrun: the rows of a step are shared, their gradients added."""
+    """torchrun: the rows and the twins of a step are shared, their gradients added."""
+    twins = tmp_path / "twins.tsv"
+    twins.write_text("Mia hid an egg. Ben found\tan egg\tMia hid the moon. Ben found\tthe moon\n" * 24)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -153,12 +146,13 @@ def test_two_processes_agree_with_one(jsonl, tmp_path):
     torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        command = [*start, *train_command(jsonl, tmp_path / name)]
+        command = [*start, *train_command(jsonl, tmp_path / name), "--twins", str(twins)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) > 3
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 0.02
+    for measure in ("loss", "choice_loss"):
+        one, two = ([record[measure] for record in metrics(tmp_path / name)] for name in ("one", "two"))
+        assert len(one) == len(two) > 3
+        assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 0.02
 
 
 def test_a_run_of_other_settings_is_not_continued(data, tiny_config, tmp_path):
