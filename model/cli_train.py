@@ -135,7 +135,8 @@ def build(
 @click.option(
     "--twins",
     type=FILE,
-    help="Lines of beginning, ending, other beginning, its ending, with tabs between: to choose the right ending.",
+    help="Lines of beginning, ending, other beginning, its ending, with tabs between, such as model/training/twins.tsv:"
+    " to learn by choosing the right ending.",
 )
 @TOKENIZER
 @VOCAB_SIZE
@@ -247,7 +248,7 @@ def train(
                 score = record.get("held_out_bits_per_byte")
                 shown = f", held-out {score:.4f} bits per byte" if score else ""
                 choices = record.get("held_out_choices")
-                shown += f", {choices:.1%} of held-out choices" if choices is not None else ""
+                shown += f", {choices:.1%} of held-out choices right" if choices is not None else ""
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 

@@ -82,7 +82,8 @@ def add_gradients(
 
     Without a weight it is their share of the mean over all targets.
     """
-    weight = weight or 1 / max(1, int((targets >= 0).sum()))
+    if weight is None:
+        weight = 1 / max(1, int((targets >= 0).sum()))
     total = torch.zeros((), device=device)
     for i in range(0, len(chosen), rows_per_pass):
         some = chosen[i : i + rows_per_pass]
@@ -278,7 +279,8 @@ class TrainingRun:
         """Add the gradients of the step's twins; returns this process's share of their mean loss, in nats per pair."""
         rows, targets = twins.batch(self.step, TWINS_PER_STEP, self.config.seed)
         mine = [i for i in range(len(rows)) if i // 4 % self.n_processes == self.rank]
-        rows_per_pass = 8 * self.config.rows_per_pass  # they are short; a pair's two rows stay together
+        # As many tokens as in a pass of stories; a pair's two rows stay together.
+        rows_per_pass = 2 * max(1, self.config.rows_per_pass * self.data.context // (2 * rows.shape[1]))
         weight = TWINS_WEIGHT / (len(rows) // 2)
         weighted = add_gradients(self._choice_loss, rows, targets, mine, rows_per_pass, self.device, weight)
         return weighted / TWINS_WEIGHT

@@ -1,7 +1,7 @@
 """Twins: two beginnings and two endings, each ending right after one beginning and wrong after the other.
 
-A story's tokens mostly follow from the few before them; which of two things somebody still has decides one token in
-fifty. Twins are made of such tokens alone, and are learnt by choosing between the two endings, as cloze asks.
+A story's tokens mostly follow from the few before them; few depend on which of two things somebody still has. Twins
+are made of such tokens alone, and are learnt by choosing between the two endings, as cloze asks.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ class Twins:
             InputError: the file is missing, a line has not four fields, or none is left to learn.
         """
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError as error:
             raise InputError(f"The twins in {path} cannot be read: {error}") from error
         rows, targets = [], []
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             fields = line.split("\t")
             if len(fields) != 4 or not all(fields):
                 raise InputError(f"{path}, line {number}: give four fields with tabs between them.")
@@ -80,7 +82,9 @@ class Twins:
         """Rows [4 n_twins, length] and targets of a step; each epoch goes through all twins in another random order."""
         numbers = np.arange(step * n_twins, (step + 1) * n_twins)
         epochs, places = np.divmod(numbers, len(self.rows_nrl))
-        orders = {e: np.random.default_rng([seed, e]).permutation(len(self.rows_nrl)) for e in np.unique(epochs)}
+        orders = {
+            e: np.random.default_rng([seed % 2**32, e]).permutation(len(self.rows_nrl)) for e in np.unique(epochs)
+        }
         chosen = [orders[e][i] for e, i in zip(epochs, places, strict=True)]
         return np.concatenate(self.rows_nrl[chosen]), np.concatenate(self.targets_nrl[chosen])
 

@@ -138,7 +138,7 @@ def test_a_killed_run_resumes_to_the_same_curve(jsonl, tmp_path):
 def test_two_processes_agree_with_one(jsonl, tmp_path):
     """torchrun: the rows and the twins of a step are shared, their gradients added."""
     twins = tmp_path / "twins.tsv"
-    twins.write_text("Mia hid an egg. Ben found\tan egg\tMia hid the moon. Ben found\tthe moon\n" * 24)
+    twins.write_text("".join(f"{'Mia ' * i}hid an egg\tan egg\t{'Ben ' * i}hid\tthe moon\n" for i in range(1, 30)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
