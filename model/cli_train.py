@@ -138,6 +138,11 @@ def build(
     help="Lines of beginning, ending, other beginning, its ending, with tabs between, such as model/training/twins.tsv:"
     " to learn by choosing the right ending.",
 )
+@click.option(
+    "--patterns",
+    type=FILE,
+    help="Patterns to draw such choices from, such as model/training/patterns.tsv: who has what, who is where.",
+)
 @TOKENIZER
 @VOCAB_SIZE
 @CONTEXT
@@ -185,6 +190,7 @@ def train(
     init: str | None,
     teachers: tuple[str, ...],
     twins: Path | None,
+    patterns: Path | None,
     tokenizer: str | None,
     vocab_size: int,
     context: int,
@@ -252,7 +258,8 @@ def train(
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 
-        run = TrainingRun(out, data, model_config, config, choose_device(device), report, initial, taught_by, twins)
+        device = choose_device(device)
+        run = TrainingRun(out, data, model_config, config, device, report, initial, taught_by, twins, patterns)
         if rank == 0:
             progress(f"{model_config.n_parameters / 1e6:.1f} M parameters, {asdict(config)}")
         run.run()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,11 +32,16 @@ from model.errors import ModelError, TaleloomError
 from model.evaluation.loss import bits_per_byte
 from model.training.data import PreparedData
 from model.training.optimizer import Optimizer
-from model.training.twins import LENGTH, Twins, choice_accuracy, choice_loss
+from model.training.patterns import Patterns
+from model.training.twins import TwinStream, TwinText, choice_accuracy, choice_loss, padded, read_twins
 
 N_HELD_OUT = 100  # stories scored at each evaluation
 TEACHER_SHARE = 0.9  # of the loss, where there are teachers: what they say instead of the text
-TWINS_PER_STEP, TWINS_WEIGHT = 24, 0.04  # of their mean loss, beside the text's
+TWINS_PER_STEP = 40
+TWINS_WEIGHT = 0.12  # of their mean loss beside the text's; it falls to a half in the second half of the run
+N_HELD_OUT_DRAWN = 300  # twins from held-out patterns that the choices are judged by
+# Parts of the run: until when the drawn twins are the easiest, and from when they are of all patterns.
+EASIEST_UNTIL, ALL_FROM = 0.2, 0.6
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -70,28 +76,18 @@ def distilled_loss(
 
 
 def add_gradients(
-    loss: Loss,
-    rows: np.ndarray,
-    targets: np.ndarray,
-    chosen: list[int],
-    rows_per_pass: int,
-    device: torch.device,
-    weight: float | None = None,
+    loss: Loss, rows: np.ndarray, targets: np.ndarray, chosen: list[int], rows_per_pass: int, device: torch.device
 ) -> torch.Tensor:
-    """Add up the gradients of `weight` times the loss of the chosen rows, some at a time; returns that loss, summed.
-
-    Without a weight it is their share of the mean over all targets.
-    """
-    if weight is None:
-        weight = 1 / max(1, int((targets >= 0).sum()))
+    """Add up the chosen rows' gradients, some at a time; returns their share of the mean loss over all targets."""
+    n_targets = max(1, int((targets >= 0).sum()))
     total = torch.zeros((), device=device)
     for i in range(0, len(chosen), rows_per_pass):
         some = chosen[i : i + rows_per_pass]
         inputs_bt = torch.from_numpy(rows[some, :-1]).to(device)
         targets_bt = torch.from_numpy(targets[some]).to(device)
-        weighted = weight * loss(inputs_bt, targets_bt)
-        weighted.backward()
-        total += weighted.detach()
+        mean = loss(inputs_bt, targets_bt) / n_targets
+        mean.backward()
+        total += mean.detach()
     return total
 
 
@@ -148,8 +144,8 @@ class TrainingRun:
     `report` receives a dict per step: step, steps, loss, lr_scale, tokens_per_second, eta_s and, when evaluated, what
     `evaluate` finds. `initial` is a model folder whose weights the run starts from, instead of random ones;
     `teachers` are model folders to learn from beside the text, with the same tokenizer; the loss is then a mixture (see
-    distilled_loss) and does not compare with a run's without them. `twins` is a file of pairs to choose between at each
-    step (see twins.py); `choice_loss` is then reported, too.
+    distilled_loss) and does not compare with a run's without them. `twins` and `patterns`
+    are files of endings to choose between at each step (see twins.py, patterns.py); `choice_loss` is reported then.
     """
 
     def __init__(
@@ -163,6 +159,7 @@ class TrainingRun:
         initial: Path | None = None,
         teachers: Sequence[Path] = (),
         twins: Path | None = None,
+        patterns: Path | None = None,
     ):
         self.folder, self.data, self.config, self.report = Path(folder), data, config, report
         self.rank = int(os.environ.get("RANK", 0))
@@ -192,17 +189,33 @@ class TrainingRun:
         self._taught_by = sorted(hashlib.sha256(f.read_bytes()).hexdigest() for t in teachers for f in weight_files(t))
         choice = partial(choice_loss, self.decoder)
         self._loss: Loss = torch.compile(loss) if config.compile else loss
-        self._choice_loss: Loss = torch.compile(choice) if config.compile else choice
-        self._twins = self._held_out_twins = None
-        if twins:
-            length = min(LENGTH, data.context)
-            self._twins, self._held_out_twins = (Twins.read(twins, data.tokenizer, length, h) for h in (False, True))
-        self._twins_read = [hashlib.sha256(twins.read_bytes()).hexdigest()] if twins else []
+        self._choice_loss = torch.compile(choice, dynamic=False) if config.compile else choice
         self.optimizer = Optimizer(self.decoder, config.muon_lr, config.adamw_lr, config.weight_decay)
         self.n_steps = min(len(data.rows) // config.rows_per_step, config.max_steps or 2**62)
         if not self.n_steps:
             raise TaleloomError(f"The data fills {len(data.rows)} rows, less than one step of {config.rows_per_step}.")
         self.step = 0
+        files = [path for path in (twins, patterns) if path]
+        self._twins = self._twin_stream(twins, patterns) if files else None
+        self._twins_read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+    def _twin_stream(self, twins: Path | None, patterns: Path | None) -> TwinStream:
+        """What each step chooses between; also keeps the held-out twins to be judged by."""
+        self._held_out_twins: dict[str, list[TwinText]] = {}
+        draw = None
+        if twins:
+            self._held_out_twins["held_out_choices"] = read_twins(twins, held_out=True)
+        if patterns:
+            rng, judged = random.Random(self.config.seed), Patterns(patterns, held_out=True)
+            self._held_out_twins["held_out_drawn_choices"] = [judged.draw(rng) for _ in range(N_HELD_OUT_DRAWN)]
+            learnt = Patterns(patterns)
+
+            def draw(rng: random.Random, done: float) -> TwinText:
+                return learnt.draw(rng, min(1.0, max(0.0, (done - EASIEST_UNTIL) / (ALL_FROM - EASIEST_UNTIL))))
+
+        written = read_twins(twins) if twins else []
+        context, seed = self.data.context, self.config.seed
+        return TwinStream(written, draw, self.data.tokenizer, TWINS_PER_STEP, self.n_steps, context, seed)
 
     def _teacher(self, folder: Path) -> Decoder:
         decoder = load_decoder(folder, str(self.device))
@@ -275,15 +288,18 @@ class TrainingRun:
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), config.max_grad_norm)
         return total.item(), choice.item(), norm.item()
 
-    def _choice_gradients(self, twins: Twins) -> torch.Tensor:
-        """Add the gradients of the step's twins; returns this process's share of their mean loss, in nats per pair."""
-        rows, targets = twins.batch(self.step, TWINS_PER_STEP, self.config.seed)
-        mine = [i for i in range(len(rows)) if i // 4 % self.n_processes == self.rank]
-        # As many tokens as in a pass of stories; a pair's two rows stay together.
-        rows_per_pass = 2 * max(1, self.config.rows_per_pass * self.data.context // (2 * rows.shape[1]))
-        weight = TWINS_WEIGHT / (len(rows) // 2)
-        weighted = add_gradients(self._choice_loss, rows, targets, mine, rows_per_pass, self.device, weight)
-        return weighted / TWINS_WEIGHT
+    def _choice_gradients(self, twins: TwinStream) -> torch.Tensor:
+        """Add the gradients of this process's part of the step's twins; returns its part of their mean choice loss."""
+        choices, length = twins.step(self.step)
+        # A twin's two beginnings stay together.
+        mine = [choice for i, choice in enumerate(choices) if i // 2 % self.n_processes == self.rank]
+        if not mine:
+            return torch.zeros((), device=self.device)
+        loss, choice = self._choice_loss(*padded(mine, length, self.device))
+        share = len(mine) / len(choices)
+        weight = TWINS_WEIGHT * min(1.0, 1.5 - self.step / self.n_steps)
+        (weight * share * loss).backward()
+        return share * choice
 
     def evaluate(self) -> dict[str, float]:
         """Bits per byte on held-out stories, and the share of right choices of held-out twins, where there are any."""
@@ -294,8 +310,9 @@ class TrainingRun:
             with torch.autocast(self.device.type, torch.bfloat16):
                 found = bits_per_byte(self.decoder, self.data.tokenizer, texts)
             scores["held_out_bits_per_byte"] = found["bits_per_byte"]
-        if self._held_out_twins and (share := choice_accuracy(self.decoder, self._held_out_twins)) is not None:
-            scores["held_out_choices"] = share
+        for name, twins in self._held_out_twins.items() if self._twins else ():
+            if (share := choice_accuracy(self.decoder, twins, self.data.tokenizer)) is not None:
+                scores[name] = share
         self.decoder.train()
         return scores
 

@@ -1,123 +1,183 @@
 """Twins: two beginnings and two endings, each ending right after one beginning and wrong after the other.
 
 A story's tokens mostly follow from the few before them; few depend on which of two things somebody still has. Twins
-are made of such tokens alone, and are learnt by choosing between the two endings, as cloze asks.
+are made of such tokens alone, and are learnt by choosing between the two endings, as cloze asks. They are written out
+in a file, or drawn from patterns (patterns.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model.decoder import Decoder
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
-LENGTH = 64  # tokens of a beginning with its ending, at most
+LENGTHS = (32, 48, 64)  # tokens that the choices of a step are padded to
 HELD_OUT_ONE_IN = 12
-ROWS_PER_PASS = 128
+CHOICES_PER_PASS = 128
+STEPS_PER_BLOCK = 16  # twins are sorted by length within so many steps, so that little is padded
+# Of the loss: how likely the right ending is among all tokens, beside the choice between the two.
+LIKELIHOOD_SHARE = 0.3
+WRITTEN_SHARE = 0.3  # of a step's twins, where there are drawn ones too
+
+TwinText = tuple[str, str, str, str]  # beginning, its ending, other beginning, its ending
+Draw = Callable[[random.Random, float], TwinText]
 
 
-def is_held_out(beginning: str) -> bool:
-    """Whether twins that begin so are judged by instead of learnt: decided by the text itself, so it never moves."""
-    return int(hashlib.sha256(beginning.encode()).hexdigest()[:6], 16) % HELD_OUT_ONE_IN == 0
+class Choice(NamedTuple):
+    """Tokens up to where the two endings part, and the token of each that comes next."""
+
+    tokens: list[int]
+    right: int
+    wrong: int
 
 
-@dataclass(frozen=True)
-class Twins:
-    """Tokenised twins.
+def is_held_out(text: str) -> bool:
+    """Whether what begins so is judged by instead of learnt: decided by the text itself, so it never moves."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) % HELD_OUT_ONE_IN == 0
 
-    `rows_nrl` [n, 4, length] holds each beginning with its right and its wrong ending, padded; `targets_nrl`
-    [n, 4, length - 1] what is to be predicted after each token but the last, -100 before the ending and after it.
+
+def read_twins(path: Path, held_out: bool = False) -> list[TwinText]:
+    """The twins of a file that are held out, or those that are not: lines of four fields with tabs between.
+
+    Raises:
+        InputError: the file is missing, or a line has not four fields.
     """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"The twins in {path} cannot be read: {error}") from error
+    twins = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match line.split("\t"):
+            case [begin_1, end_1, begin_2, end_2] if begin_1 and end_1 and begin_2 and end_2:
+                if is_held_out(begin_1) == held_out:
+                    twins.append((begin_1, end_1, begin_2, end_2))
+            case _:
+                raise InputError(f"{path}, line {number}: give four fields with tabs between them.")
+    return twins
 
-    rows_nrl: np.ndarray
-    targets_nrl: np.ndarray
 
-    @classmethod
-    def read(cls, path: Path, tokenizer: Tokenizer, length: int = LENGTH, held_out: bool = False) -> Twins:
-        """Read lines of four fields with tabs between: beginning, its ending, other beginning, its ending.
+def choices(twin: TwinText, tokenizer: Tokenizer, length: int = LENGTHS[-1]) -> tuple[Choice, Choice] | None:
+    """The choice after each of the beginnings; None where one is of more than `length` tokens or nothing parts them."""
+    end_1, end_2 = (tokenizer.encode(f" {end}.") for end in (twin[1], twin[3]))
+    shared = next((i for i, (a, b) in enumerate(zip(end_1, end_2, strict=False)) if a != b), None)
+    if shared is None:
+        return None
+    begin_1, begin_2 = (tokenizer.encode_opening(begin) + end_1[:shared] for begin in (twin[0], twin[2]))
+    if max(len(begin_1), len(begin_2)) > length:
+        return None
+    return Choice(begin_1, end_1[shared], end_2[shared]), Choice(begin_2, end_2[shared], end_1[shared])
 
-        Those with more than `length` tokens are left out, and those that are held out; or all that are not.
+
+def padded(found: Sequence[Choice], length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [n, length], and of each row the last token's place, the right and the wrong next token [n]."""
+    tokens_nl = np.zeros((len(found), length), np.int64)
+    for row_l, choice in zip(tokens_nl, found, strict=True):
+        row_l[: len(choice.tokens)] = choice.tokens
+    ends_3n = np.array([(len(c.tokens) - 1, c.right, c.wrong) for c in found]).T
+    last_n, right_n, wrong_n = torch.from_numpy(np.ascontiguousarray(ends_3n)).to(device)
+    return torch.from_numpy(tokens_nl).to(device), last_n, right_n, wrong_n
+
+
+class TwinStream:
+    """The choices of each step, decided by seed and step alone: written twins, all of them once an epoch, and drawn
+    ones."""
+
+    def __init__(
+        self,
+        written: Sequence[TwinText],
+        draw: Draw | None,
+        tokenizer: Tokenizer,
+        per_step: int,
+        n_steps: int,
+        length: int,
+        seed: int,
+    ):
+        """`draw` makes a twin from a random generator and the run's progress from 0 to 1.
 
         Raises:
-            InputError: the file is missing, a line has not four fields, or none is left to learn.
+            InputError: there are neither, or none is of at most `length` tokens.
         """
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        except OSError as error:
-            raise InputError(f"The twins in {path} cannot be read: {error}") from error
-        rows, targets = [], []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            fields = line.split("\t")
-            if len(fields) != 4 or not all(fields):
-                raise InputError(f"{path}, line {number}: give four fields with tabs between them.")
-            begin_1, end_1, begin_2, end_2 = fields
-            if is_held_out(begin_1) != held_out:
-                continue
-            pairs = [(begin_1, end_1), (begin_1, end_2), (begin_2, end_2), (begin_2, end_1)]
-            parts = [(tokenizer.encode_opening(begin), tokenizer.encode(f" {end}.")) for begin, end in pairs]
-            if max(len(begin) + len(end) for begin, end in parts) > length:
-                continue
-            row_rl = np.full((4, length), tokenizer.pad_id, np.int64)
-            target_rl = np.full((4, length - 1), -100, np.int64)
-            for r, (begin, end) in enumerate(parts):
-                row_rl[r, : len(begin) + len(end)] = [*begin, *end]
-                target_rl[r, len(begin) - 1 : len(begin) + len(end) - 1] = end
-            rows.append(row_rl)
-            targets.append(target_rl)
-        if not rows and not held_out:
-            raise InputError(f"{path} holds no twins of at most {length} tokens to learn.")
-        shape = (len(rows), 4, length)
-        return cls(np.array(rows).reshape(shape), np.array(targets).reshape(*shape[:2], length - 1))
+        self._lengths = [n for n in LENGTHS if n < length] + [min(length, LENGTHS[-1])]
+        self._tokenizer, self._draw, self._n_steps, self._seed = tokenizer, draw, n_steps, seed
+        self._written = [found for twin in written if (found := choices(twin, tokenizer, self._lengths[-1]))]
+        if not self._written and not draw:
+            raise InputError(f"There are no twins of at most {self._lengths[-1]} tokens to learn.")
+        self._per_step = per_step
+        self._n_written = 0 if not self._written else round(WRITTEN_SHARE * per_step) if draw else per_step
+        self._block: tuple[int, list[list[Choice]]] = (-1, [])
 
-    def batch(self, step: int, n_twins: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [4 n_twins, length] and targets of a step; each epoch goes through all twins in another random order."""
-        numbers = np.arange(step * n_twins, (step + 1) * n_twins)
-        epochs, places = np.divmod(numbers, len(self.rows_nrl))
-        orders = {
-            e: np.random.default_rng([seed % 2**32, e]).permutation(len(self.rows_nrl)) for e in np.unique(epochs)
-        }
-        chosen = [orders[e][i] for e, i in zip(epochs, places, strict=True)]
-        return np.concatenate(self.rows_nrl[chosen]), np.concatenate(self.targets_nrl[chosen])
+    def step(self, step: int) -> tuple[list[Choice], int]:
+        """The choices of a step, twin by twin, and a length that none exceeds."""
+        block, place = divmod(step, STEPS_PER_BLOCK)
+        if self._block[0] != block:
+            self._block = block, self._steps(block)
+        found = self._block[1][place]
+        longest = max(len(choice.tokens) for choice in found)
+        return found, next(length for length in self._lengths if length >= longest)
 
+    def _steps(self, block: int) -> list[list[Choice]]:
+        rng = random.Random(f"{self._seed} {block}")
+        n_written = self._n_written * STEPS_PER_BLOCK
+        twins = [self._written[self._place(block * n_written + i)] for i in range(n_written)]
+        progress = min(1.0, block * STEPS_PER_BLOCK / self._n_steps)
+        while len(twins) < self._per_step * STEPS_PER_BLOCK:
+            assert self._draw
+            if found := choices(self._draw(rng, progress), self._tokenizer, self._lengths[-1]):
+                twins.append(found)
+        twins.sort(key=lambda pair: max(len(choice.tokens) for choice in pair))
+        steps = [
+            [choice for pair in twins[i : i + self._per_step] for choice in pair]
+            for i in range(0, len(twins), self._per_step)
+        ]
+        rng.shuffle(steps)
+        return steps
 
-def _nats_of_endings(decoder: Decoder, inputs_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
-    """-log p of each row's ending [b]: its targets that are not -100."""
-    with torch.autocast(inputs_bt.device.type, torch.bfloat16):
-        logits_btv = decoder(inputs_bt)
-    nats = F.cross_entropy(logits_btv.float().flatten(0, 1), targets_bt.flatten(), reduction="none")
-    return nats.view(targets_bt.shape).sum(1)
+    def _place(self, number: int) -> int:
+        """Where the written twin is that is read as the `number`th; each epoch has an order of its own."""
+        epoch, i = divmod(number, len(self._written))
+        return int(np.random.default_rng([self._seed % 2**32, epoch]).permutation(len(self._written))[i])
 
 
-def choice_loss(decoder: Decoder, inputs_bt: torch.Tensor, targets_bt: torch.Tensor) -> torch.Tensor:
-    """-log of the right ending's share of both endings' probability, in nats, summed over pairs (right, wrong)."""
-    nats_b = _nats_of_endings(decoder, inputs_bt, targets_bt)
-    return F.softplus(nats_b[::2] - nats_b[1::2]).sum()
+def _logits(decoder: Decoder, tokens_nl: Tensor, last_n: Tensor) -> Tensor:
+    """Logits [n, v] for the token after each row's last."""
+    with torch.autocast(tokens_nl.device.type, torch.bfloat16):
+        hidden_nd = decoder.model(tokens_nl)[torch.arange(len(tokens_nl), device=tokens_nl.device), last_n]
+        return decoder.lm_head(hidden_nd).float()
+
+
+def choice_loss(
+    decoder: Decoder, tokens_nl: Tensor, last_n: Tensor, right_n: Tensor, wrong_n: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean loss, and the part of it that is -log of the right ending's share of both endings' probability, in nats."""
+    logits_nv = _logits(decoder, tokens_nl, last_n)
+    right, wrong = (logits_nv.gather(1, n[:, None])[:, 0] for n in (right_n, wrong_n))
+    choice = F.softplus(wrong - right).mean()
+    return choice + LIKELIHOOD_SHARE * F.cross_entropy(logits_nv, right_n), choice.detach()
 
 
 @torch.inference_mode()
-def choice_accuracy(decoder: Decoder, twins: Twins) -> float | None:
-    """Share of pairs whose right ending is likelier, of those with equally many tokens, as cloze does.
-
-    None where there is no such pair.
-    """
-    rows = twins.rows_nrl.reshape(-1, twins.rows_nrl.shape[-1])
-    targets = twins.targets_nrl.reshape(-1, twins.targets_nrl.shape[-1])
-    device = decoder.lm_head.weight.device
-    found: list[bool] = []
-    for i in range(0, len(rows), ROWS_PER_PASS):
-        inputs_bt = torch.from_numpy(rows[i : i + ROWS_PER_PASS, :-1]).to(device)
-        targets_bt = torch.from_numpy(targets[i : i + ROWS_PER_PASS]).to(device)
-        nats_b = _nats_of_endings(decoder, inputs_bt, targets_bt)
-        n_tokens_b = (targets_bt >= 0).sum(1)
-        alike = n_tokens_b[::2] == n_tokens_b[1::2]
-        found += (nats_b[::2] < nats_b[1::2])[alike].tolist()
-    return sum(found) / len(found) if found else None
+def choice_accuracy(decoder: Decoder, twins: Sequence[TwinText], tokenizer: Tokenizer) -> float | None:
+    """Share of beginnings after which the right ending is likelier where the two part; None where there are none."""
+    found = [choice for twin in twins for choice in choices(twin, tokenizer) or ()]
+    found.sort(key=lambda choice: len(choice.tokens))
+    n_right = 0
+    for i in range(0, len(found), CHOICES_PER_PASS):
+        some = found[i : i + CHOICES_PER_PASS]
+        tokens_nl, last_n, right_n, wrong_n = padded(some, len(some[-1].tokens), decoder.lm_head.weight.device)
+        logits_nv = _logits(decoder, tokens_nl, last_n)
+        n_right += int((logits_nv.gather(1, right_n[:, None]) > logits_nv.gather(1, wrong_n[:, None])).sum())
+    return n_right / len(found) if found else None

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from model.checkpoint import load_decoder
 from model.config import BUNDLED_WEIGHTS, TrainingConfig
 from model.decoder import Decoder
 from model.errors import ModelError, TaleloomError
+from model.training import patterns
 from model.training.data import PreparedData, Source, prepare
 from model.training.loop import TrainingRun, distilled_loss, summed_loss
 
+PATTERNS = Path(patterns.__file__).with_name("patterns.tsv")
 CONFIG = TrainingConfig(rows_per_step=4, rows_per_pass=4, warmup_steps=2, eval_every=10, save_every=4)
 
 
@@ -146,7 +149,7 @@ def test_two_processes_agree_with_one(jsonl, tmp_path):
     torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        command = [*start, *train_command(jsonl, tmp_path / name), "--twins", str(twins)]
+        command = [*start, *train_command(jsonl, tmp_path / name), "--twins", str(twins), "--patterns", str(PATTERNS)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     for measure in ("loss", "choice_loss"):

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,17 +13,19 @@ from model.errors import InputError, ModelError
 from model.evaluation.cloze import ClozePair, cloze, log_likelihood, read_pairs
 from model.training.data import UNSUITABLE, PreparedData, Source, prepare
 from model.training.loop import TrainingRun
-from model.training.twins import Twins, choice_accuracy, choice_loss, is_held_out
+from model.training.patterns import Patterns
+from model.training.twins import TwinStream, choice_accuracy, choice_loss, choices, is_held_out, padded, read_twins
 
 LINES = [
     ("Mia hid the moon. Ben found", "the moon", "Mia hid an egg. Ben found", "an egg"),
     ("Tom lost two apples. The fox found", "apples", "Tom lost a red kite. The fox found", "a kite"),
-    ("The old owl hid", "the warm bread", "A shy dragon hid", "a silver key"),
+    ("The old owl hid", "the warm bread", "A shy dragon hid", "the silver key"),
 ]
 HELD_OUT = ("Tom hid the moon. Ben hid", "the moon", "Tom hid two apples. Ben hid", "two apples")
 
 
 WRITTEN = Path(model.training.twins.__file__).with_name("twins.tsv")
+PATTERNS = WRITTEN.with_name("patterns.tsv")
 
 
 @pytest.fixture
@@ -50,93 +51,119 @@ def logits_of(decoder):
     return logits
 
 
-def test_each_beginning_stands_with_both_endings_the_right_one_first(file, tokenizer):
-    twins = Twins.read(file, tokenizer)
-    begin_1, end_1, begin_2, end_2 = LINES[0]
-    wanted = [(begin_1, end_1), (begin_1, end_2), (begin_2, end_2), (begin_2, end_1)]
-    for row_l, target_l, (begin, end) in zip(twins.rows_nrl[0], twins.targets_nrl[0], wanted, strict=True):
-        assert tokenizer.decode(token for token in row_l if token != tokenizer.pad_id) == f"{begin} {end}."
-        assert tokenizer.decode(target_l[target_l >= 0]) == f" {end}."
-        assert (row_l[1:][target_l >= 0] == target_l[target_l >= 0]).all()
+def test_a_choice_is_where_the_endings_part(tokenizer):
+    begin_1, end_1, begin_2, end_2 = LINES[2]
+    first, second = choices(LINES[2], tokenizer)
+    whole = tokenizer.encode_opening(begin_1) + tokenizer.encode(f" {end_1}.")
+    other = tokenizer.encode_opening(begin_2) + tokenizer.encode(f" {end_2}.")
+    assert [*first.tokens, first.right] == whole[: len(first.tokens) + 1]
+    assert [*second.tokens, second.right] == other[: len(second.tokens) + 1]
+    assert (first.right, first.wrong) == (second.wrong, second.right)
+    assert first.right != first.wrong
+    assert tokenizer.decode(first.tokens).startswith(f"{begin_1} the")  # "the" belongs to both endings
+    assert choices(("Ben hid", "the moon", "Mia hid", "the moon"), tokenizer) is None
 
 
-def test_the_loss_is_of_the_likelihoods_that_cloze_compares(file, tokenizer, tiny_decoder):
-    twins = Twins.read(file, tokenizer)
-    rows, targets = (torch.from_numpy(array).flatten(0, 1) for array in (twins.rows_nrl, twins.targets_nrl))
+def test_the_loss_is_of_the_likelihoods_that_cloze_compares(tokenizer, tiny_decoder):
+    found = [choice for line in LINES for choice in choices(line, tokenizer)]
     logits = logits_of(tiny_decoder)
-    wanted = 0.0
-    for begin_1, end_1, begin_2, end_2 in LINES:
-        for begin, right, wrong in ((begin_1, end_1, end_2), (begin_2, end_2, end_1)):
-            of_right, of_wrong = (
-                log_likelihood(logits, tokenizer.encode_opening(begin), tokenizer.encode(f" {end}."))
-                for end in (right, wrong)
-            )
-            wanted += math.log1p(math.exp(of_wrong - of_right))
-    assert choice_loss(tiny_decoder, rows[:, :-1], targets).item() == pytest.approx(wanted, rel=0.02)  # bfloat16
+    chosen = told = 0.0
+    for tokens, right, wrong in found:
+        of_right, of_wrong = (log_likelihood(logits, tokens, [token]) for token in (right, wrong))
+        chosen += math.log1p(math.exp(of_wrong - of_right)) / len(found)
+        told -= of_right / len(found)
+    loss, choice = choice_loss(tiny_decoder, *padded(found, 64, torch.device("cpu")))
+    assert choice.item() == pytest.approx(chosen, rel=0.02)  # bfloat16
+    assert loss.item() == pytest.approx(chosen + model.training.twins.LIKELIHOOD_SHARE * told, rel=0.02)
 
 
-def test_accuracy_is_that_of_cloze(tmp_path, tokenizer, tiny_decoder, stories):
-    """On many pairs of a random model, some right and some of unequal length."""
-    things = ["a red kite", "the warm bread", "a silver key", "the moon", "two apples", "an egg"]
-    beginnings = [b for story in stories[:60] if not is_held_out(b := story.split(".")[0] + ". Ben hid")]
-    lines = [(b, things[i % 6], f"Mia ran. {b}", things[(i // 6 + i + 1) % 6]) for i, b in enumerate(beginnings)]
-    (tmp_path / "many.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
-    twins = Twins.read(tmp_path / "many.tsv", tokenizer)
-    assert len(twins.rows_nrl) == len(lines)
+def test_accuracy_is_that_of_cloze_where_endings_part_at_their_end(tokenizer, tiny_decoder, stories):
+    """On many pairs of a random model, some right."""
+    words = sorted({word for story in stories for word in story.split() if len(tokenizer.encode(f" {word}.")) == 2})
+    beginnings = [story.split(".")[0] + ". Ben hid" for story in stories[:60]]
+    twins = [
+        (begin, words[i % len(words)], f"Mia ran. {begin}", words[(3 * i + 1) % len(words)])
+        for i, begin in enumerate(beginnings)
+    ]
     pairs = [
         ClozePair("", begin, f" {right}.", f" {wrong}.")
-        for begin_1, end_1, begin_2, end_2 in lines
+        for begin_1, end_1, begin_2, end_2 in twins
         for begin, right, wrong in ((begin_1, end_1, end_2), (begin_2, end_2, end_1))
+        if end_1 != end_2 and tokenizer.encode(f" {end_1}.")[0] != tokenizer.encode(f" {end_2}.")[0]
     ]
-    found = cloze(pairs, tokenizer, logits_of(tiny_decoder))
-    assert 0.1 < found["accuracy"] < 0.9 and 0 < found["pairs_left_out"] < len(pairs)
+
+    # Cloze scores the full stop, too; that after a wrong word may be likelier than after the right one.
+    logits = logits_of(tiny_decoder)
+
+    def without_the_stop(tokens):
+        found = logits(tokens)
+        found[:, tokenizer.encode(f" {words[0]}.")[1]] = 50.0  # as good as certain after any word
+        return found
+
+    found = cloze(pairs, tokenizer, without_the_stop)
+    assert 0.1 < found["accuracy"] < 0.9 and found["pairs"] > 60
     near_tie = 1.01 / found["pairs"]
-    assert choice_accuracy(tiny_decoder, twins) == pytest.approx(found["accuracy"], abs=near_tie)
+    assert choice_accuracy(tiny_decoder, twins, tokenizer) == pytest.approx(found["accuracy"], abs=near_tie)
 
 
 def test_held_out_twins_are_judged_by_and_not_learnt(file, tokenizer, tiny_decoder):
-    assert choice_accuracy(tiny_decoder, Twins.read(file, tokenizer, held_out=True)) is None
+    assert is_held_out(HELD_OUT[0])
+    assert choice_accuracy(tiny_decoder, read_twins(file, held_out=True), tokenizer) is None
     file.write_text(file.read_text() + "\t".join(HELD_OUT) + "\n")
-    assert len(Twins.read(file, tokenizer).rows_nrl) == len(LINES)
-    (rows,) = Twins.read(file, tokenizer, held_out=True).rows_nrl
-    assert (
-        tokenizer.decode(token for token in rows[0] if token != tokenizer.pad_id)
-        == "Tom hid the moon. Ben hid the moon."
-    )
-    file.write_text("\t".join(HELD_OUT) + "\n")
-    with pytest.raises(InputError, match="to learn"):
-        Twins.read(file, tokenizer)
+    assert read_twins(file) == LINES
+    assert read_twins(file, held_out=True) == [HELD_OUT]
 
 
-def test_every_epoch_reads_all_of_them_once_and_a_step_number_says_which(file, tokenizer):
-    twins = Twins.read(file, tokenizer)
-    by_step = [twins.batch(step, 2, seed=1)[0] for step in range(6)]
-    assert all(len(rows) == 8 for rows in by_step)
-    read = np.concatenate(by_step).reshape(4, 3, 4, -1)  # epoch, twin, row
-    for epoch in read:
-        assert sorted(map(bytes, epoch)) == sorted(map(bytes, twins.rows_nrl))
-    assert any((read[0] != epoch).any() for epoch in read[1:])
-    assert (twins.batch(4, 2, seed=1)[0] == by_step[4]).all()
+def texts(stream, step, tokenizer):
+    return sorted(tokenizer.decode([*choice.tokens, choice.right]) for choice in stream.step(step)[0])
 
 
-def test_long_ones_are_left_out(file, tokenizer):
-    whole = Twins.read(file, tokenizer)
-    shortest = int((whole.rows_nrl != tokenizer.pad_id).sum(2).max(1).min())
-    assert len(Twins.read(file, tokenizer, shortest).rows_nrl) == 1
+def test_every_epoch_reads_all_of_them_once_and_a_step_number_says_which(tokenizer):
+    def stream():
+        return TwinStream(LINES, None, tokenizer, per_step=3, n_steps=40, length=64, seed=1)
+
+    read = stream()
+    by_step = [texts(read, step, tokenizer) for step in range(20)]
+    in_block = sorted(text for step in by_step[:16] for text in step)
+    assert sorted(set(in_block)) == sorted({text for step in by_step for text in step})
+    assert all(in_block.count(text) == 16 for text in set(in_block)) and len(set(in_block)) == 6
+    assert texts(stream(), 17, tokenizer) == by_step[17]
+    assert any(step != by_step[0] for step in by_step)
+
+
+def test_drawn_twins_come_beside_the_written_ones_and_grow_harder_as_the_run_goes_on(tokenizer):
+    asked = []
+
+    def draw(rng, done):
+        asked.append(done)
+        return ("The fox hid", rng.choice(["bread", "kites"]), "The owl hid", "apples")
+
+    stream = TwinStream(LINES, draw, tokenizer, per_step=10, n_steps=64, length=64, seed=1)
+    found = [text for step in range(16) for text in texts(stream, step, tokenizer)]
+    assert len(found) == 16 * 20
+    assert sum("fox" in text and "lost" not in text for text in found) == 16 * 7
+    texts(stream, 40, tokenizer)
+    assert set(asked) == {0.0, 0.5}
+
+
+def test_long_ones_are_left_out(tokenizer):
+    shortest = min(max(len(choice.tokens) for choice in choices(line, tokenizer)) for line in LINES)
+    stream = TwinStream(LINES, None, tokenizer, 2, 1, shortest, 1)
+    assert {len(choice.tokens) <= shortest for choice in stream.step(0)[0]} == {True}
     with pytest.raises(InputError, match="no twins of at most"):
-        Twins.read(file, tokenizer, shortest - 1)
+        TwinStream(LINES, None, tokenizer, 2, 1, shortest - 1, 1)
 
 
 @pytest.mark.parametrize("text", ["one\ttwo\tthree\n", "a\tb\t\td\n", "a\tb\tc\td\te\n", "\na\tb\n"])
-def test_a_bad_line_is_named(tmp_path, tokenizer, text):
+def test_a_bad_line_is_named(tmp_path, text):
     (tmp_path / "t.tsv").write_text("\t".join(LINES[0]) + "\n" + text)
     with pytest.raises(InputError, match=r"line [23]: give four fields"):
-        Twins.read(tmp_path / "t.tsv", tokenizer)
+        read_twins(tmp_path / "t.tsv")
 
 
-def test_a_missing_file_is_named(tmp_path, tokenizer):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.tsv cannot be read"):
-        Twins.read(tmp_path / "nowhere.tsv", tokenizer)
+        read_twins(tmp_path / "nowhere.tsv")
 
 
 def test_a_run_learns_to_choose_and_resumes_with_the_same_twins_only(file, data, tiny_config, tmp_path, one_thread):
@@ -149,24 +176,28 @@ def test_a_run_learns_to_choose_and_resumes_with_the_same_twins_only(file, data,
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
     file.write_text(file.read_text() + "\t".join(HELD_OUT) + "\n")
-    run("whole", twins=file).run()
+    run("whole", twins=file, patterns=PATTERNS).run()
     assert records("whole")[-1]["held_out_choices"] in (0, 0.5, 1)
-    losses = [record["choice_loss"] for record in records("whole")]
-    assert losses[0] > 0.5
-    assert losses[-1] < 0.2
+    assert 0.3 < records("whole")[-1]["held_out_drawn_choices"] < 0.8
+    mixed = [record["choice_loss"] for record in records("whole")]
 
     def stop(record):
         if record["step"] == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run("cut", twins=file, report=stop).run()
-    for others in ({}, {"twins": file.with_name("others.tsv")}):
-        file.with_name("others.tsv").write_text(file.read_text().splitlines()[0] + "\n")
+        run("cut", twins=file, patterns=PATTERNS, report=stop).run()
+    file.with_name("others.tsv").write_text(file.read_text().splitlines()[0] + "\n")
+    for others in ({}, {"twins": file}, {"twins": file.with_name("others.tsv"), "patterns": PATTERNS}):
         with pytest.raises(ModelError, match=r"other settings \(twins\)"):
             run("cut", **others).run()
-    run("cut", twins=file).run()
-    assert [record["choice_loss"] for record in records("cut")] == losses
+    run("cut", twins=file, patterns=PATTERNS).run()
+    assert [record["choice_loss"] for record in records("cut")] == mixed
+
+    run("written", twins=file).run()
+    losses = [record["choice_loss"] for record in records("written")]
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.2
     run("none").run()
     assert "choice_loss" not in records("none")[0]
 
@@ -179,3 +210,4 @@ def test_the_twins_that_come_along_are_not_those_a_storyteller_is_judged_by():
     assert not any(frozenset((end_1.lower(), end_2.lower())) in endings for _, end_1, _, end_2 in lines)
     assert not {begin for line in lines for begin in line[::2]} & {pair.context for pair in pairs}
     assert not UNSUITABLE.search(WRITTEN.read_text(encoding="utf-8"))
+    assert Patterns(PATTERNS) and not UNSUITABLE.search(PATTERNS.read_text(encoding="utf-8"))
