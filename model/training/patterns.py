@@ -28,7 +28,7 @@ STATES = {
     "person is": ("ABuv", 10),
     "thing is": ("xycd", 10),
 }
-KINDS = {"state": 55, "situation": 27, "relation": 10, "pair": 8}
+KINDS = {"state": 50, "situation": 25, "relation": 17, "pair": 8}
 WORDS = ("girl", "boy", "other", "thing", "place", "person is", "thing is", "between", "opening")
 OTHER_OF = dict(zip("ABxypquvcd", "BAyxqpvudc", strict=True))
 SLOT = re.compile(r"\{(a?)(A|B|C|x|y|z|p|q|r|u|v|c|d|boy|girl)\}")  # {ax} has an article
