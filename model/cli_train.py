@@ -253,8 +253,8 @@ def train(
             if not watched and (record["step"] % 50 == 0 or "held_out_bits_per_byte" in record):
                 score = record.get("held_out_bits_per_byte")
                 shown = f", held-out {score:.4f} bits per byte" if score else ""
-                choices = record.get("held_out_choices")
-                shown += f", {choices:.1%} of held-out choices right" if choices is not None else ""
+                for name, kind in (("held_out_choices", "held-out"), ("held_out_drawn_choices", "held-out drawn")):
+                    shown += f", {record[name]:.1%} of {kind} choices right" if name in record else ""
                 eta = f"{record['eta_s'] / 60:.0f} min left"
                 click.echo(f"step {record['step']}/{record['steps']}: {line}{shown}, {eta}", err=True)
 

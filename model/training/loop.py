@@ -39,7 +39,7 @@ N_HELD_OUT = 100  # stories scored at each evaluation
 TEACHER_SHARE = 0.9  # of the loss, where there are teachers: what they say instead of the text
 TWINS_PER_STEP = 40
 TWINS_WEIGHT = 0.12  # of their mean loss beside the text's; it falls to a half in the second half of the run
-N_HELD_OUT_DRAWN = 300  # twins from held-out patterns that the choices are judged by
+N_HELD_OUT_DRAWN = 300  # twins drawn from held-out patterns to be judged by, the same in all runs
 # Parts of the run: until when the drawn twins are the easiest, and from when they are of all patterns.
 EASIEST_UNTIL, ALL_FROM = 0.2, 0.6
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -196,26 +196,33 @@ class TrainingRun:
             raise TaleloomError(f"The data fills {len(data.rows)} rows, less than one step of {config.rows_per_step}.")
         self.step = 0
         files = [path for path in (twins, patterns) if path]
-        self._twins = self._twin_stream(twins, patterns) if files else None
-        self._twins_read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-
-    def _twin_stream(self, twins: Path | None, patterns: Path | None) -> TwinStream:
-        """What each step chooses between; also keeps the held-out twins to be judged by."""
+        self._twins_read: list[Any] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        if files:
+            self._twins_read += [TWINS_PER_STEP, TWINS_WEIGHT]
         self._held_out_twins: dict[str, list[TwinText]] = {}
-        draw = None
         if twins:
             self._held_out_twins["held_out_choices"] = read_twins(twins, held_out=True)
         if patterns:
-            rng, judged = random.Random(self.config.seed), Patterns(patterns, held_out=True)
+            rng, judged = random.Random(0), Patterns(patterns, held_out=True)
             self._held_out_twins["held_out_drawn_choices"] = [judged.draw(rng) for _ in range(N_HELD_OUT_DRAWN)]
-            learnt = Patterns(patterns)
+        self._twins = self._twin_stream(twins, patterns) if files else None
 
-            def draw(rng: random.Random, done: float) -> TwinText:
-                return learnt.draw(rng, min(1.0, max(0.0, (done - EASIEST_UNTIL) / (ALL_FROM - EASIEST_UNTIL))))
+    def _twin_stream(self, twins: Path | None, patterns: Path | None) -> TwinStream:
+        learnt = Patterns(patterns) if patterns else None
 
-        written = read_twins(twins) if twins else []
-        context, seed = self.data.context, self.config.seed
-        return TwinStream(written, draw, self.data.tokenizer, TWINS_PER_STEP, self.n_steps, context, seed)
+        def draw(rng: random.Random, done: float) -> TwinText:
+            assert learnt
+            return learnt.draw(rng, min(1.0, max(0.0, (done - EASIEST_UNTIL) / (ALL_FROM - EASIEST_UNTIL))))
+
+        return TwinStream(
+            read_twins(twins) if twins else [],
+            draw if learnt else None,
+            self.data.tokenizer,
+            TWINS_PER_STEP,
+            self.n_steps,
+            self.data.context,
+            self.config.seed,
+        )
 
     def _teacher(self, folder: Path) -> Decoder:
         decoder = load_decoder(folder, str(self.device))
@@ -271,8 +278,8 @@ class TrainingRun:
         return self.decoder.eval()
 
     def _gradients(self) -> tuple[float, float, float]:
-        """Accumulate the step's clipped gradients; returns the loss in nats per token, the twins' in nats per pair, and
-        the norm before clipping."""
+        """Accumulate the step's clipped gradients; returns the loss in nats per token, the twins' in nats per choice,
+        and the norm before clipping."""
         config = self.config
         first = self.step * config.rows_per_step
         rows = np.asarray(self.data.rows[first : first + config.rows_per_step], np.int64)
@@ -293,13 +300,14 @@ class TrainingRun:
         choices, length = twins.step(self.step)
         # A twin's two beginnings stay together.
         mine = [choice for i, choice in enumerate(choices) if i // 2 % self.n_processes == self.rank]
-        if not mine:
-            return torch.zeros((), device=self.device)
-        loss, choice = self._choice_loss(*padded(mine, length, self.device))
-        share = len(mine) / len(choices)
         weight = TWINS_WEIGHT * min(1.0, 1.5 - self.step / self.n_steps)
-        (weight * share * loss).backward()
-        return share * choice
+        per_pass = max(1, self.config.rows_per_pass * self.data.context // length)  # as many tokens as of stories
+        total = torch.zeros((), device=self.device)
+        for i in range(0, len(mine), per_pass):
+            loss, choice = self._choice_loss(*padded(mine[i : i + per_pass], length, self.device))
+            (weight / len(choices) * loss).backward()
+            total += choice / len(choices)
+        return total
 
     def evaluate(self) -> dict[str, float]:
         """Bits per byte on held-out stories, and the share of right choices of held-out twins, where there are any."""
@@ -310,7 +318,7 @@ class TrainingRun:
             with torch.autocast(self.device.type, torch.bfloat16):
                 found = bits_per_byte(self.decoder, self.data.tokenizer, texts)
             scores["held_out_bits_per_byte"] = found["bits_per_byte"]
-        for name, twins in self._held_out_twins.items() if self._twins else ():
+        for name, twins in self._held_out_twins.items():
             if (share := choice_accuracy(self.decoder, twins, self.data.tokenizer)) is not None:
                 scores[name] = share
         self.decoder.train()

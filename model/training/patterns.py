@@ -28,13 +28,15 @@ STATES = {
     "person is": ("ABuv", 10),
     "thing is": ("xycd", 10),
 }
-KINDS = {"state": 50, "situation": 25, "relation": 17, "pair": 8}
+KINDS = {"state": 50, "situation": 25, "relation": 17, "pair": 8}  # in a hundred, at the end
 WORDS = ("girl", "boy", "other", "thing", "place", "person is", "thing is", "between", "opening")
 OTHER_OF = dict(zip("ABxypquvcd", "BAyxqpvudc", strict=True))
 SLOT = re.compile(r"\{(a?)(A|B|C|x|y|z|p|q|r|u|v|c|d|boy|girl)\}")  # {ax} has an article
-SENTENCE_START = re.compile(r'(^|[.!?] |\." |^"|[.!?] ")([a-z])')
-FEWEST = 8  # introductions, or questions, of a state to choose from, however early
-LONGEST = 48  # words of two introductions and a question
+SENTENCE_START = re.compile(r'(^|[.!?] |\." |^"|[.!?,] ")([a-z])')
+FEWEST_WORDS = 6  # of a kind: three people may be called like three things or places
+FEWEST = 8  # introductions, or questions, of a state to choose from, however easy
+EASIEST = 0.08  # of them
+LONGEST = 47  # words of two introductions and a question
 
 
 def slots(text: str) -> set[str]:
@@ -82,16 +84,21 @@ class Patterns:
             raise InputError(f"The patterns in {path} cannot be read: {error}") from error
         for number, line in enumerate(lines, 1):
             fields = line.split("\t")
-            bound = set(STATES[fields[0]][0] if fields[0] in STATES else "AB")
+            is_state = fields[0] in STATES
+            bound = set(STATES[fields[0]][0] if is_state else "AB" if fields[0].startswith("relation ") else "")
             wanted = is_held_out(line) == held_out
             match fields:
+                case [""]:
+                    pass
                 case ["words", kind, words]:
                     self._words[kind] = words.split("|" if "|" in words else ", ")
-                case [state, "introduction", text] if bound <= slots(text):
+                case [state, "introduction", text] if bound and bound <= slots(text):
                     if wanted:
                         self._introductions[state].append(text)
-                # One that told more of the state would contradict an introduction with its roles exchanged.
-                case [state, "question", text, end] if end in bound - slots(text) and len(bound & slots(text)) < 2:
+                case [state, "question", text, end] if end in bound - slots(text):
+                    # One that told more of a state would contradict an introduction with its roles exchanged.
+                    if is_state and (len(bound & slots(text)) != 1 or OTHER_OF[end] in slots(text)):
+                        raise InputError(f"{path}, line {number}: ask with one slot, not of the ending's pair: {text}")
                     if wanted:
                         self._questions[state].append((text, end))
                 case ["situation", text, ending] if ending in OTHER_OF and {ending, OTHER_OF[ending]} <= slots(text):
@@ -107,16 +114,17 @@ class Patterns:
         for questions in self._questions.values():
             questions.sort(key=lambda question: len(question[0]))
         self._relations = [name for name in self._introductions if name not in STATES and self._questions[name]]
-        missing = [f"words, {kind}" for kind in WORDS if len(self._words.get(kind, [])) < 3]
+        missing = [f"words, {kind}" for kind in WORDS if len(self._words.get(kind, [])) < FEWEST_WORDS]
         missing += [name for name in STATES if not self._introductions[name] or not self._questions[name]]
         lists = {"situation": self._situations, "pair": self._pairs, "relation": self._relations}
         if missing := missing + [name for name, found in lists.items() if not found]:
             raise InputError(f"{path} has too few lines of: {', '.join(missing)}.")
 
-    def draw(self, rng: random.Random, progress: float = 1.0) -> TwinText:
-        """A twin. `progress` of 0 to 1: from only the shortest introductions and questions to everything there is."""
-        if progress < 1 and rng.random() >= 0.4 * progress:
-            return self._state(rng, max(0.08, progress), alone=True)
+    def draw(self, rng: random.Random, hardness: float = 1.0) -> TwinText:
+        """A twin. `hardness` of 0 to 1: of a state's shortest introductions and questions at first, then of longer ones
+        and now and then of the other kinds; at 1 of all, as often as KINDS says."""
+        if hardness < 1 and rng.random() >= 0.4 * hardness:
+            return self._state(rng, max(EASIEST, hardness), alone=True)
         (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
         return {"state": self._state, "situation": self._situation, "relation": self._relation, "pair": self._pair}[
             kind
@@ -133,10 +141,10 @@ class Patterns:
             said = self._distracted(rng, state, introduction, question)
         told = self._spaced(rng, said)
         if rng.random() < 0.6:  # the same words, the other way about
-            others = told.replace(introduction, exchanged(introduction, bound[2:])), question
+            other = f"{told.replace(introduction, exchanged(introduction, bound[2:]))} {question}"
         else:
-            others = told, exchanged(question, bound)
-        return self._filled(rng, f"{told} {question}", ending, " ".join(others), OTHER_OF[ending])
+            other = f"{told} {exchanged(question, bound)}"
+        return self._filled(rng, f"{told} {question}", ending, other, OTHER_OF[ending])
 
     def _introduction(self, rng: random.Random, state: str, share: float = 1.0) -> str:
         """An introduction of the state; in half of them with the roles of first and second exchanged throughout."""
@@ -153,7 +161,7 @@ class Patterns:
         text = self._introduction(rng, another)
         if rng.random() < 0.5:
             text = exchanged(text, STATES[another][0][2:])
-        if len(f"{introduction} {text} {question}".split()) >= LONGEST:
+        if len(f"{introduction} {text} {question}".split()) > LONGEST:
             return [introduction]
         return [text, introduction] if rng.random() < 0.5 else [introduction, text]
 

@@ -28,7 +28,8 @@ CHOICES_PER_PASS = 128
 STEPS_PER_BLOCK = 16  # twins are sorted by length within so many steps, so that little is padded
 # Of the loss: how likely the right ending is among all tokens, beside the choice between the two.
 LIKELIHOOD_SHARE = 0.3
-WRITTEN_SHARE = 0.3  # of a step's twins, where there are drawn ones too
+WRITTEN_SHARE = 0.3  # of a block's twins, where there are drawn ones too
+MOST_TOO_LONG = 1000  # twins drawn in a row, before there seem to be none that fit
 
 TwinText = tuple[str, str, str, str]  # beginning, its ending, other beginning, its ending
 Draw = Callable[[random.Random, float], TwinText]
@@ -93,8 +94,7 @@ def padded(found: Sequence[Choice], length: int, device: torch.device) -> tuple[
 
 
 class TwinStream:
-    """The choices of each step, decided by seed and step alone: written twins, all of them once an epoch, and drawn
-    ones."""
+    """The choices of each step, decided by seed and step alone: written twins, all of them once an epoch, and drawn."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class TwinStream:
         """`draw` makes a twin from a random generator and the run's progress from 0 to 1.
 
         Raises:
-            InputError: there are neither, or none is of at most `length` tokens.
+            InputError: no written twin is of at most `length` tokens, and there is no `draw`.
         """
         self._lengths = [n for n in LENGTHS if n < length] + [min(length, LENGTHS[-1])]
         self._tokenizer, self._draw, self._n_steps, self._seed = tokenizer, draw, n_steps, seed
@@ -121,7 +121,11 @@ class TwinStream:
         self._block: tuple[int, list[list[Choice]]] = (-1, [])
 
     def step(self, step: int) -> tuple[list[Choice], int]:
-        """The choices of a step, twin by twin, and a length that none exceeds."""
+        """The choices of a step, twin by twin, and a length that none exceeds.
+
+        Raises:
+            InputError: no twin that is drawn is short enough.
+        """
         block, place = divmod(step, STEPS_PER_BLOCK)
         if self._block[0] != block:
             self._block = block, self._steps(block)
@@ -132,12 +136,16 @@ class TwinStream:
     def _steps(self, block: int) -> list[list[Choice]]:
         rng = random.Random(f"{self._seed} {block}")
         n_written = self._n_written * STEPS_PER_BLOCK
-        twins = [self._written[self._place(block * n_written + i)] for i in range(n_written)]
-        progress = min(1.0, block * STEPS_PER_BLOCK / self._n_steps)
+        twins = [self._written[i] for i in self._places(block * n_written, n_written)]
+        n_too_long = 0
         while len(twins) < self._per_step * STEPS_PER_BLOCK:
             assert self._draw
-            if found := choices(self._draw(rng, progress), self._tokenizer, self._lengths[-1]):
+            drawn = self._draw(rng, block * STEPS_PER_BLOCK / self._n_steps)
+            if found := choices(drawn, self._tokenizer, self._lengths[-1]):
                 twins.append(found)
+            n_too_long = 0 if found else n_too_long + 1
+            if n_too_long == MOST_TOO_LONG:
+                raise InputError(f"No twin that is drawn is of at most {self._lengths[-1]} tokens.")
         twins.sort(key=lambda pair: max(len(choice.tokens) for choice in pair))
         steps = [
             [choice for pair in twins[i : i + self._per_step] for choice in pair]
@@ -146,33 +154,38 @@ class TwinStream:
         rng.shuffle(steps)
         return steps
 
-    def _place(self, number: int) -> int:
-        """Where the written twin is that is read as the `number`th; each epoch has an order of its own."""
-        epoch, i = divmod(number, len(self._written))
-        return int(np.random.default_rng([self._seed % 2**32, epoch]).permutation(len(self._written))[i])
+    def _places(self, first: int, n: int) -> list[int]:
+        """Where the `first`th written twin to be read is, and those after it; each epoch has an order of its own."""
+        read = [divmod(number, len(self._written)) for number in range(first, first + n)]
+        orders = {
+            epoch: np.random.default_rng([self._seed % 2**32, epoch]).permutation(len(self._written))
+            for epoch in {epoch for epoch, _ in read}
+        }
+        return [int(orders[epoch][i]) for epoch, i in read]
 
 
 def _logits(decoder: Decoder, tokens_nl: Tensor, last_n: Tensor) -> Tensor:
-    """Logits [n, v] for the token after each row's last."""
+    """Logits [n, v] for the token after each row's last; in float32, as bfloat16 has ties."""
     with torch.autocast(tokens_nl.device.type, torch.bfloat16):
         hidden_nd = decoder.model(tokens_nl)[torch.arange(len(tokens_nl), device=tokens_nl.device), last_n]
-        return decoder.lm_head(hidden_nd).float()
+    return decoder.lm_head(hidden_nd.float())
 
 
 def choice_loss(
     decoder: Decoder, tokens_nl: Tensor, last_n: Tensor, right_n: Tensor, wrong_n: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss, and the part of it that is -log of the right ending's share of both endings' probability, in nats."""
+    """Summed loss in nats, and the part of it that is -log of the right ending's share of both endings' probability."""
     logits_nv = _logits(decoder, tokens_nl, last_n)
     right, wrong = (logits_nv.gather(1, n[:, None])[:, 0] for n in (right_n, wrong_n))
-    choice = F.softplus(wrong - right).mean()
-    return choice + LIKELIHOOD_SHARE * F.cross_entropy(logits_nv, right_n), choice.detach()
+    choice = F.softplus(wrong - right).sum()
+    return choice + LIKELIHOOD_SHARE * F.cross_entropy(logits_nv, right_n, reduction="sum"), choice.detach()
 
 
 @torch.inference_mode()
 def choice_accuracy(decoder: Decoder, twins: Sequence[TwinText], tokenizer: Tokenizer) -> float | None:
     """Share of beginnings after which the right ending is likelier where the two part; None where there are none."""
-    found = [choice for twin in twins for choice in choices(twin, tokenizer) or ()]
+    length = min(LENGTHS[-1], decoder.config.max_position_embeddings)
+    found = [choice for twin in twins for choice in choices(twin, tokenizer, length) or ()]
     found.sort(key=lambda choice: len(choice.tokens))
     n_right = 0
     for i in range(0, len(found), CHOICES_PER_PASS):
