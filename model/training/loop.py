@@ -33,7 +33,16 @@ from model.evaluation.loss import bits_per_byte
 from model.training.data import PreparedData
 from model.training.optimizer import Optimizer
 from model.training.patterns import Patterns
-from model.training.twins import TwinStream, TwinText, choice_accuracy, choice_loss, padded, read_twins
+from model.training.twins import (
+    LIKELIHOOD_SHARE,
+    WRITTEN_SHARE,
+    TwinStream,
+    TwinText,
+    choice_accuracy,
+    choice_loss,
+    padded,
+    read_twins,
+)
 
 N_HELD_OUT = 100  # stories scored at each evaluation
 TEACHER_SHARE = 0.9  # of the loss, where there are teachers: what they say instead of the text
@@ -198,7 +207,7 @@ class TrainingRun:
         files = [path for path in (twins, patterns) if path]
         self._twins_read: list[Any] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         if files:
-            self._twins_read += [TWINS_PER_STEP, TWINS_WEIGHT]
+            self._twins_read += [TWINS_PER_STEP, TWINS_WEIGHT, LIKELIHOOD_SHARE, WRITTEN_SHARE, EASIEST_UNTIL, ALL_FROM]
         self._held_out_twins: dict[str, list[TwinText]] = {}
         if twins:
             self._held_out_twins["held_out_choices"] = read_twins(twins, held_out=True)

@@ -86,7 +86,8 @@ class Patterns:
             fields = line.split("\t")
             is_state = fields[0] in STATES
             bound = set(STATES[fields[0]][0] if is_state else "AB" if fields[0].startswith("relation ") else "")
-            wanted = is_held_out(line) == held_out
+            # A relation is held out as a whole.
+            wanted = is_held_out(fields[0] if fields[0].startswith("relation ") else line) == held_out
             match fields:
                 case [""]:
                     pass

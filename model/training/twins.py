@@ -115,7 +115,9 @@ class TwinStream:
         self._tokenizer, self._draw, self._n_steps, self._seed = tokenizer, draw, n_steps, seed
         self._written = [found for twin in written if (found := choices(twin, tokenizer, self._lengths[-1]))]
         if not self._written and not draw:
-            raise InputError(f"There are no twins of at most {self._lengths[-1]} tokens to learn.")
+            raise InputError(
+                f"There are no twins of at most {self._lengths[-1]} tokens with different endings to learn."
+            )
         self._per_step = per_step
         self._n_written = 0 if not self._written else round(WRITTEN_SHARE * per_step) if draw else per_step
         self._block: tuple[int, list[list[Choice]]] = (-1, [])
@@ -145,7 +147,9 @@ class TwinStream:
                 twins.append(found)
             n_too_long = 0 if found else n_too_long + 1
             if n_too_long == MOST_TOO_LONG:
-                raise InputError(f"No twin that is drawn is of at most {self._lengths[-1]} tokens.")
+                raise InputError(
+                    f"No twin that is drawn is of at most {self._lengths[-1]} tokens with different endings."
+                )
         twins.sort(key=lambda pair: max(len(choice.tokens) for choice in pair))
         steps = [
             [choice for pair in twins[i : i + self._per_step] for choice in pair]
