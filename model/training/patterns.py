@@ -28,7 +28,7 @@ STATES = {
     "person is": ("ABuv", 10),
     "thing is": ("xycd", 10),
 }
-KINDS = {"state": 50, "situation": 25, "relation": 17, "pair": 8}  # in a hundred, at the end
+KINDS = (50, 25, 17, 8)  # how often a state, a situation, a relation and a pair are drawn, in the end
 WORDS = ("girl", "boy", "other", "thing", "place", "person is", "thing is", "between", "opening")
 OTHER_OF = dict(zip("ABxypquvcd", "BAyxqpvudc", strict=True))
 SLOT = re.compile(r"\{(a?)(A|B|C|x|y|z|p|q|r|u|v|c|d|boy|girl)\}")  # {ax} has an article
@@ -126,13 +126,10 @@ class Patterns:
         and now and then of the other kinds; at 1 of all, as often as KINDS says."""
         if hardness < 1 and rng.random() >= 0.4 * hardness:
             return self._state(rng, max(EASIEST, hardness), alone=True)
-        (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
-        return {"state": self._state, "situation": self._situation, "relation": self._relation, "pair": self._pair}[
-            kind
-        ](rng)
+        return rng.choices((self._state, self._situation, self._relation, self._pair), KINDS)[0](rng)
 
     def _state(self, rng: random.Random, share: float = 1.0, alone: bool = False) -> TwinText:
-        (state,) = rng.choices(list(STATES), [weight for _, weight in STATES.values()])
+        state = rng.choices(list(STATES), [weight for _, weight in STATES.values()])[0]
         bound = STATES[state][0]
         introduction = self._introduction(rng, state, share)
         questions = self._questions[state]
