@@ -31,7 +31,7 @@ MAX_UNKNOWN_SHARE = 0.02
 SHORT_STORY_TOKENS, FEW_TOKENS = 20, 2_000
 LEAKED_SHARE = 0.05  # of the held-out stories, when they are nearly the same as some trained on
 
-# Of a fine-tune's process, measured on a CPU with the bundled storyteller; see `estimate`.
+# Of a fine-tune's process, measured on a CPU with weights of 8.3 M; see `estimate`.
 PROCESS_MB = 600  # what an evaluation needs at once is in it
 FULL_BYTES, LORA_BYTES = 34, 17  # per weight: itself, gradient, optimizer's state, and a checkpoint being written
 ACTIVATION_BYTES = 60  # per token in memory at once, times the square root of the number of weights
@@ -188,7 +188,7 @@ def estimate(check: Check, settings: FineTuneSettings, tokens_per_second: float,
     - seconds = what the steps and the evaluations read / `tokens_per_second`, where reading to score costs a third of
       reading to learn; telling the test ideas is not in it;
     - memory = 600 MB + 34 bytes a weight (LoRA: 17) + 60 bytes x sqrt(n_parameters) for each token in one pass,
-      above the peaks measured with the bundled 8.3 M weights (823 MB with one row in a pass, 967 to 1,205 with four);
+      above the peaks measured with weights of 8.3 M (823 MB with one row in a pass, 967 to 1,205 with four);
     - disk = 9 bytes a weight (LoRA: 5) for the checkpoint, 2 each for the best storyteller and the base's copy.
 
     Args:

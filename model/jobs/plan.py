@@ -15,7 +15,7 @@ from model.intake import Check, Estimate, Intake, check, estimate
 from model.jobs.record import read_lines, read_request
 from model.jobs.task import read_originals
 
-# Tokens a second of the bundled storyteller's fine-tune on two shared CPU cores, where nothing was measured yet.
+# Tokens a second of a fine-tune of so many weights on two shared CPU cores, where nothing was measured yet.
 TYPICAL_SPEED, TYPICAL_PARAMETERS = 2_300, 8.3e6
 MIN_MEASURED, N_MEASURED = 5, 50  # steps
 

@@ -33,15 +33,16 @@ TEST_IDEAS = ("a dragon who is afraid of fire", "a lost kitten", "two mice build
 SAMPLE_TOKENS = 240
 N_MEMORY_SAMPLES = 50
 MAX_NAME = 60  # see own_models.NAME
-BUNDLED_NAME = "Llama-Taleloom-8M"
+BUNDLED_NAME = "Llama-Taleloom-11M"
 BUNDLED_LICENCE = """license: other
 license_name: apache-2.0-with-llama-3.1-community-terms
 license_link: https://www.llama.com/llama3_1/license/
 """
-BUNDLED_TERMS = """
+TERMS_BEGIN = """
 ## Licence
 
-Built with Llama: it was made from Llama-Taleloom-8M, whose weights are offered under the Apache License 2.0, subject to
+Built with Llama: it was made from Llama-Taleloom-"""
+BUNDLED_TERMS = f"""{TERMS_BEGIN}11M, whose weights are offered under the Apache License 2.0, subject to
 the Llama 3.1 Community License for what was learned from text that Llama 3.1 wrote: Llama 3.1 is licensed under the
 Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved. Who passes this storyteller on keeps
 these terms, and puts "Llama" at the beginning of its name.
@@ -242,7 +243,7 @@ def model_card(
 ) -> str:
     """The card of a fine-tuned storyteller: where it comes from, how it learned, what it tells."""
     settings, memory = job.settings, result["memorised"]
-    is_llama = job.base is None or any(BUNDLED_TERMS in own.card for own in own_models() if own.name == job.base)
+    terms = _terms(job.base)
     base = Path(job.base).name if job.base and Path(job.base).is_dir() else job.base  # no path of this computer
     train = [row for row in rows if row["split"] == "train"]
     kinds = [kind for kind in ("own", "own_train", "original") if f"{kind}_bits_per_byte" in evaluations[0]]
@@ -260,7 +261,7 @@ def model_card(
     )
     return f"""---
 base_model: {json.dumps(base or BUNDLED_NAME)}
-{BUNDLED_LICENCE if is_llama else ""}language: en
+{BUNDLED_LICENCE if terms else ""}language: en
 library_name: transformers
 pipeline_tag: text-generation
 tags: [taleloom, fine-tuned]
@@ -294,7 +295,16 @@ training text is {memory["longest_run_words"]} words (median {memory["median_run
 Told at the default settings, seed 1, not selected.
 
 {told}
-{BUNDLED_TERMS if is_llama else ""}"""
+{terms}"""
+
+
+def _terms(base: str | None) -> str:
+    """What a child of `base` must say of its licence: what its parent says, whichever storyteller was bundled then."""
+    if base is None:
+        return BUNDLED_TERMS
+    card = next((own.card for own in own_models() if own.name == base), "")
+    start = card.rfind(TERMS_BEGIN)
+    return card[start:] if start >= 0 else ""
 
 
 def _escaped(text: str) -> str:

@@ -112,7 +112,7 @@ def test_a_gguf_says_what_the_model_is(bundled, tmp_path):
     fields = fields_of(gguf.GGUFReader(tmp_path / "new" / "b.gguf"))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.gguf"]
     assert fields["general.architecture"] == "llama"
-    assert fields["general.name"] == "Llama-Taleloom-8M"
+    assert fields["general.name"] == "Llama-Taleloom-11M"
     assert fields["general.license"] == "other"
     assert fields["general.license.name"] == "apache-2.0-with-llama-3.1-community-terms"
     assert fields["general.license.link"].startswith("https://")

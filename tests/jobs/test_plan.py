@@ -39,12 +39,12 @@ def test_the_base_decides_the_tokens_and_the_speed(tiny_model, stories):
 
 def test_the_latest_speed_of_that_base_counts(paper):
     assert measured_speed() is None
-    learned(paper, "old", [1000.0] * 20)
-    learned(paper, "new", [2000.0] * 4 + [1.0, 2000.0, 9000.0])
+    learned(paper, "old", [500.0] * 20)
+    learned(paper, "new", [1000.0] * 4 + [1.0, 1000.0, 9000.0])
     learned(paper, "too-short", [5.0] * 4)
     learned(paper, "other", [7.0] * 20, base="owls")
     damaged = learned(paper, "damaged", [9.0] * 20)
     (damaged.folder / "job.json").write_text("{half")
-    assert measured_speed() == 2000 and measured_speed("owls") == 7 and measured_speed("mice") is None
+    assert measured_speed() == 1000 and measured_speed("owls") == 7 and measured_speed("mice") is None
     at_typical_speed = plan(read_sample(), FineTuneSettings(), root=paper.root / "none")[1].seconds
     assert plan(read_sample(), FineTuneSettings())[1].seconds > at_typical_speed, "this machine is a slow one"

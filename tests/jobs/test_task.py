@@ -135,10 +135,14 @@ def test_what_came_from_the_bundled_storyteller_carries_its_terms(add, tiny_mode
     result["memorised"] = {"stories": 50, "longest_run_words": 3, "median_run_words": 1}
     evaluations = [{"step": 0, "original_bits_per_byte": 0.8}]
     card = model_card(job, result, evaluations, [], rows)
-    assert "license: other" in card and "Built with Llama" in card and '"Llama-Taleloom-8M"' in card
-    add_model("owls", tiny_model, {}, card)
-    child = model_card(dataclasses.replace(job, base="owls"), result, evaluations, [], rows)
-    assert "Built with Llama" in child and 'base_model: "owls"' in child
+    assert "license: other" in card and "Built with Llama" in card and '"Llama-Taleloom-11M"' in card
+    for size in ("11M", "8M"):  # the second is of a storyteller that was bundled earlier
+        name = f"owls-{size}"
+        add_model(name, tiny_model, {}, card.replace("Llama-Taleloom-11M", f"Llama-Taleloom-{size}"))
+        child = model_card(dataclasses.replace(job, base=name), result, evaluations, [], rows)
+        assert "license: other" in child and f'base_model: "{name}"' in child
+        assert child.count("Built with Llama") == 1 and f"made from Llama-Taleloom-{size}, whose" in child
+        assert child.endswith("at the beginning of its name.\n")
 
 
 def test_paused_and_resumed_it_is_one_run(add, monkeypatch):
