@@ -179,7 +179,11 @@ def test_interrupted_it_pauses_and_can_be_resumed(tiny_model, log):
     """Ctrl-C goes to every process of the terminal; the worker is in a session of its own and keeps its state."""
     command = [sys.executable, "-c", SCRIPT, "finetune", "--data", log, "--name", "pirates", "--model", tiny_model]
     process = subprocess.Popen(
-        [*map(str, command), "--max-steps", "2000"], cwd=CHECKOUT, stderr=subprocess.PIPE, start_new_session=True
+        [*map(str, command), "--max-steps", "2000"],
+        cwd=CHECKOUT,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in a shell's background ignores it
     )
     manager = JobManager(launcher=LocalLauncher(STAND_IN))
     wait_for(lambda: manager.list() and manager.list()[0].step > 3)
