@@ -155,6 +155,7 @@ def test_a_paced_story_stops_at_once(engine):
 
 def test_a_long_prompt_is_read_between_the_steps_of_others(engine, backend):
     backend.context = 10_000  # the first story must not have to read again itself
+    backend.next_token = lambda request: time.sleep(0.001) or 4  # nor to have ended, its prompt there to be shared
     first = Reader(max_tokens=4000)
     engine.submit(first.request)
     wait_until(lambda: len(first.tokens) > 3)
