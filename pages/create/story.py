@@ -191,8 +191,8 @@ def change_storyteller() -> None:
 
 
 def pick_storyteller() -> None:
-    """One of those that are here; None is the first."""
-    if st.session_state.picked is None:
+    """One of those that are here; "" is the bundled one, as a select box shows None as nothing chosen."""
+    if st.session_state.picked == "":
         st.session_state.model = None
     else:
         st.session_state.wanted = st.session_state.picked
@@ -239,9 +239,15 @@ def show_header() -> None:
                 )
                 st.form_submit_button("Load", icon=":material/download:", on_click=change_storyteller)
             load_wanted()
-            st.session_state.picked = st.session_state.model
-            names = dict.fromkeys([None, *(model.name for model in visible_models()), st.session_state.model])
-            here.selectbox("Now telling", list(names), format_func=name_of, key="picked", on_change=pick_storyteller)
+            st.session_state.picked = st.session_state.model or ""
+            names = dict.fromkeys(["", *(model.name for model in visible_models()), st.session_state.picked])
+            here.selectbox(
+                "Now telling",
+                list(names),
+                format_func=lambda name: name_of(name or None),
+                key="picked",
+                on_change=pick_storyteller,
+            )
 
 
 def show_form(knows_ideas: bool) -> None:

@@ -345,6 +345,7 @@ def test_a_model_of_ones_own_is_loaded_by_name(app, tmp_path, monkeypatch):
     page = ask(app, "a cat", seed=4)
     assert page_of(opened(app.query_params["story"])) == page, "a reload finds it at the storyteller that told it"
     app.selectbox(key="picked").select_index(0).run()
+    assert app.selectbox(key="picked").value == "", "the bundled one is shown by its name, not as nothing chosen"
     assert app.session_state["model"] is None and not app.exception
     app.selectbox(key="picked").set_value("mine").run()
     assert app.session_state["model"] == "mine" and not app.exception
