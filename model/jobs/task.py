@@ -41,8 +41,8 @@ license_link: https://www.llama.com/llama3_1/license/
 TERMS_BEGIN = """
 ## Licence
 
-Built with Llama: it was made from Llama-Taleloom-"""
-BUNDLED_TERMS = f"""{TERMS_BEGIN}11M, whose weights are offered under the Apache License 2.0, subject to
+Built with Llama: it was made from """
+BUNDLED_TERMS = f"""{TERMS_BEGIN}{BUNDLED_NAME}, whose weights are offered under the Apache License 2.0, subject to
 the Llama 3.1 Community License for what was learned from text that Llama 3.1 wrote: Llama 3.1 is licensed under the
 Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved. Who passes this storyteller on keeps
 these terms, and puts "Llama" at the beginning of its name.

@@ -112,9 +112,9 @@ def storyteller_of(model: str | None) -> Storyteller:
     return chosen_storyteller(model, next((own.created for own in own_models() if own.name == model), None))
 
 
-def name_of(model: str | None) -> str:
-    """What to call a model on the page; of a folder only its name."""
-    if model is None:
+def name_of(model: str) -> str:
+    """What to call a model on the page, "" being the bundled one; of a folder only its name."""
+    if not model:
         return "The bundled storyteller" if DEFAULT_MODEL is None else Path(DEFAULT_MODEL).name
     return model
 
@@ -192,10 +192,10 @@ def change_storyteller() -> None:
 
 def pick_storyteller() -> None:
     """One of those that are here; "" is the bundled one, as a select box shows None as nothing chosen."""
-    if st.session_state.picked == "":
-        st.session_state.model = None
-    else:
+    if st.session_state.picked:
         st.session_state.wanted = st.session_state.picked
+    else:
+        st.session_state.model = None
 
 
 # What the page shows.
@@ -241,13 +241,7 @@ def show_header() -> None:
             load_wanted()
             st.session_state.picked = st.session_state.model or ""
             names = dict.fromkeys(["", *(model.name for model in visible_models()), st.session_state.picked])
-            here.selectbox(
-                "Now telling",
-                list(names),
-                format_func=lambda name: name_of(name or None),
-                key="picked",
-                on_change=pick_storyteller,
-            )
+            here.selectbox("Now telling", list(names), format_func=name_of, key="picked", on_change=pick_storyteller)
 
 
 def show_form(knows_ideas: bool) -> None:
